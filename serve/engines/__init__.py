@@ -1,0 +1,137 @@
+"""Runtimes behind one protocol: one file each in this folder, found by its name and imported on first use.
+
+    with open_engine(Path("artifact"), engine="onnxruntime", threads=2) as engine:
+        logits = engine.infer({"input_ids": ids, "attention_mask": mask})["logits"]   # (batch, labels)
+
+An engine's module defines ``open_path(path, *, variant, threads) -> Engine``. What follows the first hyphen of an
+engine's name is the variant: ``onnxruntime-cuda`` opens ``onnxruntime.py`` with the variant ``cuda``.
+"""
+
+import importlib
+import os
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self, cast
+
+import numpy as np
+
+from pst.errors import ArtifactError, EngineError
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """One input or output: its numpy type name, and a length or a symbol for each dimension."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+class Engine(Protocol):
+    """A loaded model, used in a ``with`` block. The arrays that infer returns are the caller's."""
+
+    name: str
+    """The runtime and its device as a person reads it, for example ``onnxruntime-cpu``."""
+    threads: int
+    """Threads that one inference uses on the CPU."""
+    load_ms: float
+    """Milliseconds that the runtime took to load the model, without importing the runtime itself."""
+    inputs: Mapping[str, TensorSpec]
+    outputs: Mapping[str, TensorSpec]
+    max_length: int | None
+    """Longest sequence, in tokens, that the model has positions for; None where unknown."""
+
+    def infer(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Outputs by name. Raises EngineError where the feeds do not fit ``inputs``, or after close."""
+        ...
+
+    def close(self) -> None:
+        """Free the model; safe to call twice."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class _EngineModule(Protocol):
+    def open_path(self, path: Path, *, variant: str, threads: int) -> Engine: ...
+
+
+def available_cpus() -> int:
+    """Logical CPUs that this process may use: its affinity, further cut by a container's CPU quota (rounded up)."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        if quota != "max":
+            count = min(count, max(1, -(-int(quota) // int(period))))
+    except (OSError, ValueError):
+        pass
+    return count
+
+
+def engine_names() -> list[str]:
+    """The engines that this folder holds; whether their packages are installed shows when one is opened."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+
+
+def open_engine(path: Path, *, engine: str = "auto", threads: int = 0) -> Engine:
+    """Load an artifact folder, a bare ``.onnx`` file, or a Hugging Face folder (or the run that holds one).
+
+    *engine*: ``auto`` takes ONNX Runtime (on a GPU where it can) for what holds ONNX, and PyTorch otherwise.
+    *threads*: CPU threads of one inference; 0 takes every CPU that the process may use.
+
+    Raises EngineError for an unknown or missing runtime, ArtifactError and ModelError for a damaged folder.
+    """
+    if threads < 0:
+        raise EngineError(f"{threads} threads cannot be used; give a positive number, or 0 for every CPU.")
+    if not path.exists():
+        raise ArtifactError(f"{path} does not exist; give an artifact folder, an .onnx file or a model folder.")
+    name, _, variant = engine.partition("-")
+    if engine == "auto":
+        is_onnx = path.is_file() or (path / "model.onnx").is_file()
+        name, variant = ("onnxruntime" if is_onnx else "torch"), "auto"
+    if name not in engine_names():
+        raise EngineError(f"{engine} is not an engine; choose one of auto, {', '.join(engine_names())}.")
+    module = cast("_EngineModule", importlib.import_module(f"{__name__}.{name}"))
+    return module.open_path(path, variant=variant, threads=threads or available_cpus())
+
+
+def check_feeds(inputs: Mapping[str, TensorSpec], feeds: Mapping[str, Array], *, max_length: int | None) -> None:
+    """Raise EngineError unless *feeds* has *inputs*' names, types and ranks, agreeing symbols, and no zero length."""
+    if set(feeds) != set(inputs):
+        raise EngineError(
+            f"The model takes the inputs {', '.join(inputs)}, but was given {', '.join(feeds) or 'none'}."
+        )
+    symbols: dict[str, tuple[int, str]] = {}
+    for name, spec in inputs.items():
+        value = feeds[name]
+        if not isinstance(value, np.ndarray) or value.dtype != np.dtype(spec.dtype):
+            given = value.dtype if isinstance(value, np.ndarray) else type(value).__name__
+            raise EngineError(f"Input {name} must be an array of {spec.dtype}, but is {given}; convert it first.")
+        if value.ndim != len(spec.shape):
+            raise EngineError(f"Input {name} must have {len(spec.shape)} dimensions, but has the shape {value.shape}.")
+        if 0 in value.shape:
+            raise EngineError(
+                f"Input {name} is empty: its shape is {value.shape}; give at least one row and one token."
+            )
+        for length, expected in zip(value.shape, spec.shape, strict=True):
+            if isinstance(expected, int):
+                if length != expected:
+                    raise EngineError(f"Input {name} has the shape {value.shape}, but the model wants {spec.shape}.")
+            elif symbols.setdefault(expected, (length, name))[0] != length:
+                first_length, first = symbols[expected]
+                raise EngineError(
+                    f"Inputs {first} and {name} must agree in {expected}, but have {first_length} and {length}."
+                )
+        if max_length is not None and value.ndim > 1 and value.shape[1] > max_length:
+            raise EngineError(
+                f"Input {name} has {value.shape[1]} tokens, but the model has positions for {max_length}; truncate it."
+            )

@@ -1,0 +1,122 @@
+"""Everything that decides a training run, in one frozen record: the fields of config.yaml and of ``--set``."""
+
+import importlib
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+from pst.errors import ConfigError
+from pst.patterns import check_sparsity, parse_pattern
+from pst.settings import field
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Options of ``pst train``. A field that is None takes the method's default; see ``filled``."""
+
+    model: str = field("", "Hugging Face folder or hub id of the model to start from")
+    data: str = field(
+        "", "glue/TASK, a hub id, a .jsonl/.csv/.tsv/.parquet file, or a folder with train.* and validation.*"
+    )
+    text_columns: tuple[str, ...] = field((), "one or two text columns; found by their usual names when not given")
+    label_column: str = field("", "label column; found by its usual names when not given")
+    validation: str = field("", "file with the validation rows, when --data is a single file")
+    validation_fraction: float = field(0.1, "share of a single file that is kept for validation")
+    limit: int = field(0, "use at most this many training rows; 0 = all")
+
+    method: str = field("pst", "what decides which weights stay: a file of pst/methods")
+    pattern: str = field("unstructured", "what shape stays: unstructured, N:M such as 2:4, or block:RxC")
+    sparsity: float | None = field(None, "fraction of each prunable weight that becomes zero; N:M fixes it")
+    faithful: bool = field(
+        False, "the published PST to the letter: frozen random head, one learning rate, its schedule"
+    )
+    r1: int | None = field(None, "rank of the learned score A B")
+    r2: int | None = field(None, "rank of the weight update U V")
+    alpha: Literal["mean", "one"] | None = field(None, "scale of the learned score: mean |W0| of each weight, or 1")
+    beta: float = field(1.0, "scale of the weight update U V")
+
+    epochs: float | None = field(None, "passes over the training rows")
+    steps: int = field(0, "optimizer steps; overrides epochs when above 0")
+    batch_size: int = field(32, "rows a step")
+    max_length: int | None = field(None, "tokens a row, longer ones are cut; None = 128 or the model's own limit")
+    lr: float | None = field(None, "learning rate of dense weights, head, LayerNorm and biases")
+    lr_update: float | None = field(None, "learning rate of the weight update U, V")
+    lr_scores: float | None = field(None, "learning rate of the scores A, B, R, C")
+    lr_warmup: float | None = field(
+        None, "fraction of the steps in which learning rates rise from 0; then they fall to 0"
+    )
+    weight_decay: float = field(0.0, "AdamW's decoupled weight decay")
+    max_grad_norm: float = field(1.0, "gradients are scaled down to this norm; 0 = never")
+    sparsity_initial: float = field(0.0, "sparsity before the ramp")
+    sparsity_warmup: float = field(0.1, "fraction of the steps before the cubic ramp begins")
+    sparsity_cooldown: float = field(0.3, "fraction of the steps after it ends")
+
+    seed: int | None = field(None, "seed of the head's start, the order of rows and dropout")
+    device: str = field("auto", "auto, cpu, or cuda")
+    eval_every: int = field(0, "steps between evaluations; 0 = at the end only")
+    checkpoint_every: int = field(100, "steps between checkpoints; 0 = only when interrupted")
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError or PatternError for a value that no run could use."""
+        if self.sparsity is not None:
+            check_sparsity(self.sparsity)
+        at_least = {"batch_size": 1, "steps": 0, "limit": 0, "eval_every": 0, "checkpoint_every": 0, "weight_decay": 0}
+        at_least |= {"max_grad_norm": 0, "r1": 1, "r2": 1, "max_length": 3, "seed": 0}
+        for name, lowest in at_least.items():
+            value = getattr(self, name)
+            if value is not None and value < lowest:
+                raise ConfigError(f"{name} is {value}; it must be at least {lowest}.")
+        for name in ("epochs", "lr", "lr_update", "lr_scores"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise ConfigError(f"{name} is {value:g}; it must be a finite number of at least 0.")
+        if self.device not in ("auto", "cpu") and not self.device.startswith("cuda"):
+            raise ConfigError(f"device is {self.device!r}; use auto, cpu, or cuda.")
+        if not 0 < self.validation_fraction < 1:
+            raise ConfigError(f"validation_fraction is {self.validation_fraction:g}; it must lie between 0 and 1.")
+
+    def filled(self) -> "TrainConfig":
+        """The same with every None replaced by the default of its method, and the sparsity that its pattern fixes.
+
+        Raises ConfigError for an unknown method or a missing model, data or sparsity, PatternError for a pattern that
+        is unknown or contradicts the sparsity.
+        """
+        from pst.methods import names
+
+        for name, flag in (("model", "--model"), ("data", "--data")):
+            if not getattr(self, name):
+                raise ConfigError(f"No {name} is given; say which with {flag}.")
+        if self.method not in names():
+            raise ConfigError(f"Unknown method {self.method!r}; use one of {', '.join(names())}.")
+        module = importlib.import_module(f"pst.methods.{self.method}")
+        if self.faithful and not hasattr(module, "FAITHFUL"):
+            raise ConfigError(f"--faithful is the published PST; it does not go with method {self.method}.")
+        defaults: dict[str, Any] = COMMON | (module.FAITHFUL if self.faithful else module.DEFAULTS)
+        known = {f.name for f in fields(self)}
+        changes = {name: value for name, value in defaults.items() if name in known and getattr(self, name) is None}
+        return replace(self, **changes, **self._settled_pattern(prunes=self.method != "dense"))
+
+    def _settled_pattern(self, *, prunes: bool) -> dict[str, Any]:
+        if not prunes:
+            return {"pattern": "dense", "sparsity": 0.0}
+        fixed = parse_pattern(self.pattern).sparsity
+        if fixed is None and self.sparsity is None:
+            raise ConfigError(f"Pattern {self.pattern} needs a sparsity, for example --sparsity 0.9.")
+        if fixed is not None and self.sparsity is not None and abs(self.sparsity - fixed) > 1e-6:
+            raise ConfigError(
+                f"Pattern {self.pattern} has sparsity {fixed:g}, but {self.sparsity:g} was asked for; "
+                "leave --sparsity out."
+            )
+        return {"sparsity": self.sparsity if fixed is None else fixed}
+
+
+COMMON = {
+    "epochs": 3.0,
+    "lr_warmup": 0.1,
+    "seed": 0,
+    "r1": 8,
+    "r2": 8,
+    "alpha": "mean",
+    "lr_update": 0.0,
+    "lr_scores": 0.0,
+}
+"""Defaults for every method; a method's own DEFAULTS win."""

@@ -1,0 +1,74 @@
+"""Blocks: R x C tiles (R outputs by C inputs) that stay or go whole."""
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pst.errors import PatternError
+from pst.patterns import check_sparsity
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+EXAMPLE = "block:4x4"
+
+
+@dataclass(frozen=True)
+class Block:
+    """Tiles of *rows* outputs by *columns* inputs, scored by the mean over the tile."""
+
+    rows: int
+    columns: int
+    sparsity: float | None = None
+    example: str = EXAMPLE
+
+    @property
+    def spec(self) -> str:
+        """As typed: ``block:4x4``."""
+        return f"block:{self.rows}x{self.columns}"
+
+    def mask(self, scores: "Tensor", sparsity: float, *, axis: int) -> "Tensor":
+        """See Pattern.mask: int(tiles * s) tiles of the lowest mean score go. Ties: the lower flat index stays."""
+        from pst.patterns._select import prune_lowest
+
+        check_sparsity(sparsity)
+        self.check(tuple(scores.shape), axis=axis, name="scores")
+        by_row = scores if axis == 1 else scores.T
+        n, k = by_row.shape
+        pooled = by_row.reshape(n // self.rows, self.rows, k // self.columns, self.columns).mean((1, 3))
+        keep = prune_lowest(pooled, int(pooled.numel() * sparsity))
+        mask = keep.repeat_interleave(self.rows, 0).repeat_interleave(self.columns, 1)
+        return mask if axis == 1 else mask.T.contiguous()
+
+    def holds(self, weight: "np.ndarray[Any, Any]", *, axis: int) -> bool:
+        """Whether every tile is either all zero or holds no zero."""
+        if weight.ndim != 2:
+            return False
+        by_row = weight if axis == 1 else weight.T
+        n, k = by_row.shape
+        if n % self.rows or k % self.columns:
+            return False
+        tiles = (by_row != 0).reshape(n // self.rows, self.rows, k // self.columns, self.columns)
+        return bool((tiles.all((1, 3)) | ~tiles.any((1, 3))).all())
+
+    def check(self, shape: tuple[int, ...], *, axis: int, name: str) -> None:
+        """See Pattern.check: tiles must cover the weight exactly."""
+        outputs, inputs = (shape[0], shape[1]) if axis == 1 else (shape[1], shape[0])
+        if outputs % self.rows or inputs % self.columns:
+            raise PatternError(
+                f"{name} has {outputs} outputs and {inputs} inputs, which tiles of {self.rows}x{self.columns} "
+                "do not cover; choose a block that divides both, or --pattern unstructured."
+            )
+
+
+def parse(spec: str) -> Block | None:
+    """The pattern, where *spec* reads block:RxC."""
+    match = re.fullmatch(r"block:(\d+)x(\d+)", spec)
+    if match is None:
+        return None
+    rows, columns = int(match[1]), int(match[2])
+    if rows < 1 or columns < 1 or rows * columns == 1:
+        raise PatternError(f"Pattern {spec!r} is not usable: a block has at least two weights, for example {EXAMPLE}.")
+    return Block(rows=rows, columns=columns)

@@ -1,0 +1,41 @@
+"""Unstructured: the int(n k s) entries of lowest score go, wherever they are."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pst.patterns import check_sparsity
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+EXAMPLE = "unstructured"
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """Any entry may be zero; the count of zeros is int(n k s)."""
+
+    spec: str = "unstructured"
+    sparsity: float | None = None
+    example: str = EXAMPLE
+
+    def mask(self, scores: "Tensor", sparsity: float, *, axis: int) -> "Tensor":
+        """See Pattern.mask."""
+        from pst.patterns._select import prune_lowest
+
+        check_sparsity(sparsity)
+        return prune_lowest(scores, int(scores.numel() * sparsity))
+
+    def holds(self, weight: "np.ndarray[Any, Any]", *, axis: int) -> bool:
+        """Always: every arrangement of zeros is unstructured."""
+        return True
+
+    def check(self, shape: tuple[int, ...], *, axis: int, name: str) -> None:
+        """Every shape can be pruned without structure."""
+
+
+def parse(spec: str) -> Unstructured | None:
+    """The pattern, where *spec* names it."""
+    return Unstructured() if spec == EXAMPLE else None

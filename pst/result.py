@@ -1,0 +1,94 @@
+"""The folder a run leaves: what save_pretrained writes, and sparsity.json, which says how it was made."""
+
+import contextlib
+import importlib.metadata
+import platform
+import subprocess
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from pst import __version__
+from pst.config import TrainConfig
+from pst.files import atomic_folder, write_json
+from pst.sparsify import prunable_weights
+
+SCHEMA_VERSION = 1
+LIBRARIES = ("torch", "transformers", "datasets", "numpy")
+
+
+def save_model(
+    model: nn.Module,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    config: TrainConfig,
+    max_length: int,
+    metrics: dict[str, float],
+    data: dict[str, Any],
+    task: str,
+    seconds: float,
+    steps: int,
+) -> None:
+    """Write the merged *model*, its *tokenizer* and sparsity.json to *folder*, whole or not at all."""
+    weights = [
+        {
+            "name": item.name,
+            "shape": list(item.weight.shape),
+            "axis": item.axis,
+            "density": int(item.weight.count_nonzero()) / item.weight.numel(),
+        }
+        for item in (prunable_weights(model) if config.method != "dense" else [])
+    ]
+    report = {
+        "schema_version": SCHEMA_VERSION,
+        "method": config.method,
+        "pattern": config.pattern,
+        "sparsity": {"requested": config.sparsity, "measured": measured_sparsity(weights)},
+        "weights": weights,
+        "task": task,
+        "max_length": max_length,
+        "metrics": metrics,
+        "base_model": config.model,
+        "data": data,
+        "config": asdict(config),
+        "seed": config.seed,
+        "steps": steps,
+        "seconds": round(seconds, 3),
+        "versions": versions(),
+        "git_revision": git_revision(),
+    }
+    tokenizer.model_max_length = max_length
+    tokenizer.backend_tokenizer.no_truncation()  # otherwise the last call's settings end up in tokenizer.json
+    tokenizer.backend_tokenizer.no_padding()
+    with atomic_folder(folder, overwrite=True) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        write_json(partial / "sparsity.json", report)
+
+
+def measured_sparsity(weights: list[dict[str, Any]]) -> float:
+    """Zeros over all entries of the listed weights; 0 for an empty list."""
+    sizes = [float(row["shape"][0] * row["shape"][1]) for row in weights]
+    zeros = [size * (1 - row["density"]) for size, row in zip(sizes, weights, strict=True)]
+    return sum(zeros) / sum(sizes) if sizes else 0.0
+
+
+def versions() -> dict[str, str]:
+    """Of this package, Python, and the libraries a result depends on."""
+    found = {"sparse-pst": __version__, "python": platform.python_version()}
+    for name in LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def git_revision() -> str | None:
+    """The commit this code is checked out at, or None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,84 @@
+"""The machine and the software that a number was measured with."""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from serve.engines import available_cpus
+
+PACKAGES = (
+    "sparse-pst", "numpy", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "tokenizers", "torch",
+    "transformers",
+)  # fmt: skip
+
+
+def _field(file: str, *names: str) -> str | None:
+    """The value of the first ``name : value`` line of a /proc file; None where there is no such file or line."""
+    try:
+        lines = Path(file).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        name, _, value = line.partition(":")
+        if name.strip() in names:
+            return value.strip()
+    return None
+
+
+def cpu_model() -> str:
+    """The CPU's name as it gives it itself; its architecture where it gives none."""
+    return _field("/proc/cpuinfo", "model name", "Hardware", "Model") or platform.processor() or platform.machine()
+
+
+def memory_gib() -> float | None:
+    """Main memory in GiB; None where the system does not tell."""
+    value = _field("/proc/meminfo", "MemTotal")
+    return round(int(value.split()[0]) / 2**20, 1) if value else None
+
+
+def gpus() -> list[str]:
+    """``name, memory, driver`` of every NVIDIA GPU that nvidia-smi lists; empty without one."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return []
+    query = [tool, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [line.strip() for line in done.stdout.splitlines() if line.strip()] if done.returncode == 0 else []
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what can change a number."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def environment(*, command: str, threads: int) -> dict[str, Any]:
+    """Everything above as JSON values, with the time in UTC and the load before the measurement."""
+    flags = (_field("/proc/cpuinfo", "flags", "Features") or "").split()
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command,
+        "cpu": cpu_model(),
+        "cpu_features": [flag for flag in flags if flag.startswith(("avx", "amx", "fma", "asimd", "sve"))],
+        "cpus_usable": available_cpus(),
+        "cpus_total": os.cpu_count(),
+        "load_average_1min": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "memory_gib": memory_gib(),
+        "os": platform.platform(),
+        "gpus": gpus(),
+        "threads": threads,
+        "versions": versions(),
+    }

@@ -1,0 +1,254 @@
+"""The report of a measurement: report.json (versioned), report.md, and a table for the terminal."""
+
+import dataclasses
+import io
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pst.files import write_json
+from serve.bench.timing import EQUAL_WITHIN, Latency, Speedup
+
+SCHEMA_VERSION = 1
+METHOD = (
+    "All artifacts were measured in turn in one process: each round times every artifact once, and with several "
+    "artifacts one inference of the same artifact that is not timed goes before. The time is wall-clock around one "
+    "inference, inputs and outputs in host memory, tokenization left out. Percentiles interpolate linearly between the "
+    "closest ranks (numpy's default). The ratio is the baseline's time over the artifact's within a round, and the "
+    "median of the rounds is given with its 95% interval from order statistics; above 1 is faster than the baseline. "
+    f"Ratios within {EQUAL_WITHIN:.0%} of 1 count as the same speed."
+)
+SPARSE_FROM = 0.05
+"""Share of zeros from which a model counts as sparse though it names no pattern."""
+ZEROS = (
+    "ONNX Runtime's {device} kernels multiply zeros like any other number, so zeros in place save no time; "
+    "they pay on a runtime with kernels for their pattern"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accuracy:
+    """A headline metric on a data set."""
+
+    metric: str
+    value: float
+    rows: int
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """One artifact as measured."""
+
+    name: str
+    path: str
+    engine: str
+    pattern: str | None
+    """None where the artifact does not say."""
+    sparsity: float | None
+    """Share of zeros in the pruned weights, 0 to 1."""
+    size_bytes: int
+    load_ms: float
+    accuracy: Accuracy | None
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether it is said, or was counted, to hold zeros to speak of."""
+        return self.pattern not in (None, "dense") or (self.sparsity or 0.0) >= SPARSE_FROM
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One artifact on one workload; speedup is None for the baseline itself."""
+
+    workload: str
+    batch: int
+    sequence: int | None
+    subject: str
+    latency: Latency
+    speedup: Speedup | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Everything that bench found. The first subject is the baseline."""
+
+    environment: dict[str, Any]
+    subjects: tuple[Subject, ...]
+    measurements: tuple[Measurement, ...]
+
+    def of(self, subject: str) -> list[Measurement]:
+        """One artifact's measurements, in the workloads' order."""
+        return [entry for entry in self.measurements if entry.subject == subject]
+
+    def verdicts(self) -> list[str]:
+        """One sentence for every artifact but the baseline."""
+        baseline = self.subjects[0].name
+        return [verdict(subject, self.of(subject.name), baseline=baseline) for subject in self.subjects[1:]]
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of report.json."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "environment": self.environment,
+            "method": METHOD,
+            "baseline": self.subjects[0].name,
+            "artifacts": [dataclasses.asdict(subject) for subject in self.subjects],
+            "measurements": [
+                {
+                    "artifact": entry.subject,
+                    "workload": entry.workload,
+                    "batch": entry.batch,
+                    "sequence": entry.sequence,
+                    "latency": entry.latency.to_json(),
+                    "speedup": None if entry.speedup is None else entry.speedup.to_json(),
+                }
+                for entry in self.measurements
+            ],
+            "verdicts": self.verdicts(),
+        }
+
+    def write(self, folder: Path) -> None:
+        """Write report.json and report.md into an existing folder."""
+        write_json(folder / "report.json", self.to_json())
+        (folder / "report.md").write_text(self.to_markdown(), encoding="utf-8")
+
+    def to_markdown(self) -> str:
+        """report.md: verdicts, two tables, the method and the machine."""
+        lines = ["# Latency report", ""]
+        lines += [line for sentence in self.verdicts() for line in (sentence, "")]
+        lines += ["## Artifacts", "", *_markdown_table(*_artifact_table(self)), ""]
+        lines += ["## Latency", "", *_markdown_table(*_latency_table(self)), "", METHOD, ""]
+        lines += ["## Machine", "", *(f"- {name}: {value}" for name, value in _machine(self.environment)), ""]
+        return "\n".join(lines)
+
+    def render(self) -> str:
+        """Tables for a terminal, as wide as it is; colour only where stdout is one."""
+        from rich.console import Console
+        from rich.table import Table
+
+        stream = io.StringIO()
+        terminal = sys.stdout.isatty()
+        width = shutil.get_terminal_size((140, 24)).columns if terminal else 140
+        console = Console(file=stream, width=width, force_terminal=terminal, highlight=False)
+        for header, rows in (_artifact_table(self), _latency_table(self)):
+            table = Table()
+            for index, title in enumerate(header):
+                table.add_column(title, justify="left" if index < 2 else "right")
+            for row in rows:
+                table.add_row(*row)
+            console.print(table)
+        for sentence in self.verdicts():
+            console.print(sentence, markup=False, soft_wrap=not terminal)
+        return stream.getvalue().rstrip("\n")
+
+
+def verdict(subject: Subject, measurements: list[Measurement], *, baseline: str) -> str:
+    """What the intervals allow to say about one artifact, workload by workload."""
+    by_finding: dict[str, list[str]] = {}
+    for entry in measurements:
+        assert entry.speedup is not None, "the baseline has no verdict"
+        by_finding.setdefault(entry.speedup.finding, []).append(f"{entry.workload} ({_ratio(entry.speedup)})")
+    wording = {
+        "faster": "faster than",
+        "same": "not faster and not slower than",
+        "slower": "slower than",
+        "undecided": "not clearly faster or slower than",
+    }
+    parts = [
+        f"{wording[finding]} {baseline} at {', '.join(by_finding[finding])}"
+        for finding in wording
+        if finding in by_finding
+    ]
+    text = f"{subject.name} is {'; '.join(parts)}"
+    if set(by_finding) - {"faster"} and subject.is_sparse and subject.engine.startswith("onnxruntime"):
+        text += f": {ZEROS.format(device='CUDA' if subject.engine.endswith('cuda') else 'CPU')}"
+    text += "."
+    if "undecided" in by_finding:
+        text += (
+            " Where it is not clear, the interval is too wide for a verdict: measure more rounds on a quieter machine."
+        )
+    return text
+
+
+def _ratio(speedup: Speedup) -> str:
+    if speedup.low is None or speedup.high is None:
+        return f"{speedup.ratio:.2f}×, too few rounds for an interval"
+    return f"{speedup.ratio:.2f}×, {speedup.low:.2f} to {speedup.high:.2f}"
+
+
+def _artifact_table(report: Report) -> tuple[list[str], list[list[str]]]:
+    header = ["artifact", "engine", "pattern", "sparsity", "size MB", "load ms", "accuracy"]
+    rows = []
+    for subject in report.subjects:
+        score = subject.accuracy
+        rows.append(
+            [
+                subject.name,
+                subject.engine,
+                subject.pattern or "unknown",
+                "" if subject.sparsity is None else f"{subject.sparsity:.1%}",
+                f"{subject.size_bytes / 1e6:.1f}",
+                f"{subject.load_ms:.0f}",
+                "not measured" if score is None else f"{score.metric} {score.value:.4f} ({score.rows} rows)",
+            ]
+        )
+    return header, rows
+
+
+def _latency_table(report: Report) -> tuple[list[str], list[list[str]]]:
+    header = [
+        "workload",
+        "artifact",
+        "p50 ms",
+        "p90 ms",
+        "p99 ms",
+        "mean ms",
+        "std ms",
+        "rows/s",
+        "runs",
+        "warm-up",
+        "ratio",
+    ]
+    workloads = list(dict.fromkeys(entry.workload for entry in report.measurements))
+    rows = []
+    for entry in sorted(report.measurements, key=lambda entry: workloads.index(entry.workload)):
+        latency = entry.latency
+        numbers = (latency.p50, latency.p90, latency.p99, latency.mean, latency.std)
+        rows.append(
+            [
+                entry.workload,
+                entry.subject,
+                *(f"{number:.3f}" for number in numbers),
+                f"{latency.throughput:.1f}",
+                str(len(latency.samples)),
+                str(latency.warmup),
+                "baseline" if entry.speedup is None else _ratio(entry.speedup),
+            ]
+        )
+    return header, rows
+
+
+def _markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
+    def line(cells: list[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    return [line(header), line(["---"] * 2 + ["---:"] * (len(header) - 2)), *(line(row) for row in rows)]
+
+
+def _machine(environment: dict[str, Any]) -> list[tuple[str, str]]:
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    memory = environment["memory_gib"]
+    return [
+        ("Command", f"`{environment['command']}`" if environment["command"] else "called from Python"),
+        ("Time", environment["time"]),
+        ("CPU", f"{environment['cpu']}, {environment['cpus_usable']} of {environment['cpus_total']} CPUs usable"),
+        ("Threads per inference", str(environment["threads"])),
+        ("Memory", "unknown" if memory is None else f"{memory} GiB"),
+        ("GPU", "; ".join(environment["gpus"]) or "none"),
+        ("System", environment["os"]),
+        ("Load average before the measurement", str(environment["load_average_1min"])),
+        ("Versions", versions),
+    ]

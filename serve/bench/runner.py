@@ -1,0 +1,164 @@
+"""``bench``: open the artifacts, time them in turn over all workloads, measure accuracy, write the report."""
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from pst.data import DataSpec, load_whole
+from pst.errors import ArtifactError, ConfigError
+from pst.files import atomic_folder, refuse_existing, resolve_model
+from pst.progress import progress
+from serve.bench.environment import environment
+from serve.bench.report import Accuracy, Measurement, Report, Subject
+from serve.bench.timing import Latency, compare, measure_in_turn
+from serve.bench.workload import Shape, Workload, check_shapes, random_workload, text_workload
+from serve.describe import ModelFolder, describe, vocab_size
+from serve.engines import Engine, available_cpus, open_engine
+from serve.evaluate import evaluate
+from serve.text import TextEncoder
+
+
+def bench(
+    paths: Sequence[Path],
+    *,
+    shapes: Sequence[Shape],
+    output: Path,
+    threads: int = 0,
+    warmup: int = 10,
+    runs: int = 100,
+    data: DataSpec | None = None,
+    command: str = "",
+    engine: str = "auto",
+    budget_s: float = 120.0,
+    overwrite: bool = False,
+) -> Report:
+    """Measure artifact folders, bare .onnx files or model folders against the first of them, the baseline.
+
+    *shapes*: batch x sequence. *warmup* and *runs*: inferences per artifact and shape; *budget_s*: seconds after which
+    a shape stops early. *data*: also time real texts one by one, and give every artifact's accuracy.
+    Writes report.json and report.md to the folder *output*.
+
+    Raises ConfigError, RunError where *output* is in the way, and what describe, open_engine and evaluate raise.
+    """
+    if not paths:
+        raise ConfigError("There is nothing to measure; give at least one artifact folder.")
+    if warmup < 1 or runs < 1 or budget_s <= 0:
+        raise ConfigError("Give --warmup and --runs 1 or more, and a time budget above 0 seconds.")
+    refuse_existing(output, overwrite=overwrite)
+    threads = threads or available_cpus()
+    names = unique_names(paths)
+    # Recorded before the work below, so that the load average is not our own.
+    machine = environment(command=command, threads=threads)
+    folders = {name: _describe(path) for name, path in names.items()}
+    accuracy = _accuracy(names, data, engine=engine, threads=threads)
+    with contextlib.ExitStack() as stack:
+        engines: dict[str, Engine] = {}
+        subjects: list[Subject] = []
+        for name, path in names.items():
+            engines[name] = stack.enter_context(open_engine(path, engine=engine, threads=threads))
+            subjects.append(_subject(name, path, folders[name], engines[name], accuracy=accuracy.get(name)))
+        check_shapes(shapes, {name: opened.max_length for name, opened in engines.items()})
+        workloads = _workloads(shapes, names, folders, data)
+        measurements = _measure(engines, workloads, warmup=warmup, runs=runs, budget_s=budget_s)
+    report = Report(environment=machine, subjects=tuple(subjects), measurements=measurements)
+    with atomic_folder(output, overwrite=overwrite) as folder:
+        report.write(folder)
+    return report
+
+
+def unique_names(paths: Sequence[Path]) -> dict[str, Path]:
+    """A short, unique name for each path: as many of its last parts as it takes to tell it from the others."""
+    resolved = [path.resolve() for path in paths]
+    if len(set(resolved)) != len(resolved):
+        raise ConfigError("The same artifact is given twice; a comparison wants different ones.")
+    parts = 1
+    while len({path.parts[-parts:] for path in resolved}) != len(resolved):
+        parts += 1
+    return {"/".join(full.parts[-parts:]): path for full, path in zip(resolved, paths, strict=True)}
+
+
+def _describe(path: Path) -> ModelFolder | None:
+    """None for a bare .onnx file, of which nothing but its inputs is known."""
+    if not path.exists():
+        raise ArtifactError(f"{path} does not exist; give artifact folders that pst export wrote, or .onnx files.")
+    if path.is_file() or (not (path / "config.json").is_file() and (path / "model.onnx").is_file()):
+        return None
+    return describe(path, verify=True)
+
+
+def _subject(
+    name: str, path: Path, folder: ModelFolder | None, engine: Engine, *, accuracy: Accuracy | None
+) -> Subject:
+    file = path if path.is_file() else path / "model.onnx"
+    return Subject(
+        name=name,
+        path=str(path),
+        engine=engine.name,
+        pattern=folder.pattern if folder else None,
+        sparsity=folder.sparsity if folder else None,
+        size_bytes=folder.size_bytes if folder else file.stat().st_size,
+        load_ms=engine.load_ms,
+        accuracy=accuracy,
+    )
+
+
+def _accuracy(names: Mapping[str, Path], data: DataSpec | None, *, engine: str, threads: int) -> dict[str, Accuracy]:
+    if data is None:
+        return {}
+    found = {}
+    for name, path in names.items():
+        if path.is_file():
+            raise ConfigError(f"{path} has no tokenizer beside it; give artifact folders together with --data.")
+        result = evaluate(path, data, engine=engine, threads=threads)
+        found[name] = Accuracy(metric=result.metric, value=result.value, rows=result.rows, source=result.source)
+    return found
+
+
+def _workloads(
+    shapes: Sequence[Shape],
+    names: Mapping[str, Path],
+    folders: Mapping[str, ModelFolder | None],
+    data: DataSpec | None,
+) -> list[Workload]:
+    known = [folder for folder in folders.values() if folder is not None]
+    sizes = [vocab_size(resolve_model(path.parent if path.is_file() else path)) for path in names.values()]
+    # Ids that every one of them knows: all get the same.
+    smallest = None if None in sizes else min(size for size in sizes if size is not None)
+    workloads = [random_workload(shape, vocab_size=smallest) for shape in shapes]
+    if data is not None:
+        # One artifact's tokenizer serves all: the comparison wants the same tokens for each of them.
+        encoder = TextEncoder(known[0].path, max_length=min(folder.max_length for folder in known))
+        examples = load_whole(data)
+        workloads.append(text_workload(encoder, examples.first, examples.second))
+    return workloads
+
+
+def _measure(
+    engines: Mapping[str, Engine], workloads: Sequence[Workload], *, warmup: int, runs: int, budget_s: float
+) -> tuple[Measurement, ...]:
+    measurements: list[Measurement] = []
+    for workload in workloads:
+        calls = {name: _call(engine, workload) for name, engine in engines.items()}
+        with progress(f"measure {workload.name}", runs) as advance:
+            latencies: dict[str, Latency] = measure_in_turn(
+                calls, batch=workload.batch, warmup=warmup, runs=runs, budget_s=budget_s, on_round=advance
+            )
+        baseline = next(iter(latencies.values()))
+        for index, (name, latency) in enumerate(latencies.items()):
+            measurements.append(
+                Measurement(
+                    workload=workload.name,
+                    batch=workload.batch,
+                    sequence=workload.sequence,
+                    subject=name,
+                    latency=latency,
+                    speedup=compare(baseline, latency) if index else None,
+                )
+            )
+    return tuple(measurements)
+
+
+def _call(engine: Engine, workload: Workload) -> Callable[[int], object]:
+    """Inputs are chosen before the clock starts, once per distinct input."""
+    feeds = [workload.select(index, engine.inputs) for index in range(len(workload.feeds))]
+    return lambda index: engine.infer(feeds[index % len(feeds)])

@@ -1,0 +1,106 @@
+"""PyTorch, as the baseline that every other runtime is checked against: a Hugging Face classifier folder.
+
+The only module of this layer that imports torch and transformers, and only once a model is opened.
+Variants: ``torch`` and ``auto`` use a GPU where there is one; ``torch-cpu`` and ``torch-cuda`` say which.
+"""
+
+import importlib
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from pst.errors import EngineError, ModelError
+from pst.files import resolve_model
+from serve.describe import max_positions
+from serve.engines import Array, TensorSpec, check_feeds
+
+MISSING = 'PyTorch and transformers are needed for this; install them with: pip install "sparse-pst[train,cpu]".'
+AXES: tuple[str, ...] = ("batch_size", "sequence_length")
+
+
+def _load_libraries() -> tuple[Any, Any]:
+    try:
+        return importlib.import_module("torch"), importlib.import_module("transformers")
+    except ImportError as error:
+        raise EngineError(MISSING) from error
+
+
+class TorchEngine:
+    """AutoModelForSequenceClassification in evaluation mode, in float32, with the protocol of serve.engines.Engine."""
+
+    def __init__(self, path: Path, *, variant: str, threads: int) -> None:
+        if variant not in ("", "auto", "cpu", "cuda"):
+            raise EngineError(f"torch-{variant} is not an engine; choose torch, torch-cpu or torch-cuda.")
+        folder = resolve_model(path)
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"{path} holds no config.json; the engine torch wants a Hugging Face model folder.")
+        self._torch, transformers = _load_libraries()
+        if variant == "cuda" and not self._torch.cuda.is_available():
+            raise EngineError("PyTorch sees no CUDA device on this machine; choose the engine torch-cpu.")
+        self._device = "cuda" if variant != "cpu" and self._torch.cuda.is_available() else "cpu"
+        start = time.perf_counter()
+        self._model: Any = _load_model(self._torch, transformers, folder).to(self._device).eval()
+        self.load_ms = (time.perf_counter() - start) * 1000
+        self.name = f"torch-{self._device}"
+        self.threads = threads
+        config = self._model.config
+        # The tokenizer of a model with one or no segment type does not write token types (RoBERTa, GPT-2, DistilBERT).
+        names = ["input_ids", "attention_mask"]
+        if (getattr(config, "type_vocab_size", 0) or 0) > 1:
+            names.append("token_type_ids")
+        self.inputs: Mapping[str, TensorSpec] = {
+            name: TensorSpec(name=name, dtype="int64", shape=AXES) for name in names
+        }
+        self.outputs: Mapping[str, TensorSpec] = {
+            "logits": TensorSpec(name="logits", dtype="float32", shape=("batch_size", config.num_labels))
+        }
+        self.max_length = max_positions(folder)
+
+    def infer(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """``logits``, shape (batch, labels); raises EngineError for feeds that do not fit."""
+        if self._model is None:
+            raise EngineError("The engine is closed; open it again.")
+        check_feeds(self.inputs, feeds, max_length=self.max_length)
+        torch = self._torch
+        if torch.get_num_threads() != self.threads:
+            torch.set_num_threads(self.threads)  # one setting for the whole process, so every call makes sure of it
+        with torch.inference_mode():
+            tensors = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in feeds.items()}
+            logits = self._model(**{name: tensor.to(self._device) for name, tensor in tensors.items()}).logits
+        return {"logits": logits.float().cpu().numpy()}
+
+    def close(self) -> None:
+        """Drop the model and its memory."""
+        self._model = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _load_model(torch: Any, transformers: Any, folder: Path) -> Any:
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model, loading = transformers.AutoModelForSequenceClassification.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
+    except Exception as error:  # damaged weights surface as OSError, ValueError, RuntimeError or safetensors' own
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"{folder} cannot be opened as a classifier: {reason}") from error
+    if loading["missing_keys"]:
+        name = sorted(loading["missing_keys"])[0]
+        raise ModelError(f"{folder} holds no trained classifier: {name} is missing. Train it with pst train first.")
+    return model
+
+
+def open_path(path: Path, *, variant: str, threads: int) -> TorchEngine:
+    """Open a run or model folder; serve.engines.open_engine calls this."""
+    return TorchEngine(path, variant=variant, threads=threads)

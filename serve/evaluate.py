@@ -1,0 +1,140 @@
+"""The task's metric for a folder of any stage, in PyTorch or ONNX Runtime."""
+
+import dataclasses
+import io
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pst import metrics
+from pst.data import DataSpec, Examples, align_labels, load_whole
+from pst.errors import ConfigError
+from pst.files import atomic_file
+from pst.progress import progress
+from serve.classify import Classifier, softmax
+from serve.engines import Array
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalResult:
+    """What was measured, on what, and with what."""
+
+    path: str
+    task: str
+    metric: str
+    """Name of the task's headline metric, a key of metrics."""
+    metrics: dict[str, float]
+    rows: int
+    source: str
+    """The data as a person reads it."""
+    fingerprint: str
+    """SHA-256 of the data's content."""
+    engine: str
+    max_length: int
+    batch_size: int
+    seconds: float
+
+    @property
+    def value(self) -> float:
+        """The headline metric's value."""
+        return self.metrics[self.metric]
+
+    def to_json(self) -> dict[str, Any]:
+        """Every field, and the headline's value."""
+        return {**dataclasses.asdict(self), "value": self.value}
+
+    def render(self) -> str:
+        """A small table for a terminal, without colour."""
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table("metric", "value")
+        ordered = [self.metric, *(name for name in self.metrics if name != self.metric)]
+        for name in ordered:
+            table.add_row(name, f"{self.metrics[name]:.4f}")
+        stream = io.StringIO()
+        console = Console(file=stream, width=100, highlight=False)
+        console.print(f"{self.path} on {self.source}", markup=False, soft_wrap=True)
+        console.print(table)
+        console.print(f"{self.rows} rows, {self.engine}, {self.max_length} tokens at most, {self.seconds:.1f} s")
+        return stream.getvalue().rstrip("\n")
+
+
+def run(classifier: Classifier, examples: Examples, *, batch_size: int) -> Array:
+    """Logits of every example in the examples' order, (rows, labels) float32; batches hold texts of like length."""
+    tokens = classifier.encoder.tokenize(examples.first, examples.second)
+    order = sorted(range(len(tokens)), key=lambda index: (-len(tokens[index]), index))
+    result: Array | None = None
+    with progress("evaluate", len(tokens)) as advance:
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            logits = classifier.logits([tokens[index] for index in batch])
+            if result is None:
+                result = np.empty((len(tokens), *logits.shape[1:]), dtype=logits.dtype)
+            result[batch] = logits
+            advance(len(batch))
+    assert result is not None, "load_whole never returns an empty data set"
+    return result
+
+
+def evaluate(
+    path: Path,
+    spec: DataSpec,
+    *,
+    engine: str = "auto",
+    batch_size: int = 32,
+    predictions: Path | None = None,
+    threads: int = 0,
+) -> EvalResult:
+    """Measure a run, model or artifact folder on all rows of a file, or on a folder's or hub id's validation split.
+
+    *predictions*: also write one JSON line per row, in the data's order: ``{"label", "prediction", "scores"}``, with
+    class numbers and softmax scores, or the value and no scores where the task is regression.
+
+    Raises DataError, ModelError, ArtifactError, EngineError or ConfigError.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"A batch of {batch_size} rows holds nothing; give --batch-size 1 or more.")
+    examples = load_whole(spec)
+    with Classifier(path, engine=engine, threads=threads, verify=True) as classifier:
+        folder = classifier.folder
+        examples = align_labels(
+            examples,
+            label2id=folder.label2id,
+            num_labels=folder.num_labels,
+            task=folder.task,
+            where=str(path),
+        )
+        start = time.perf_counter()
+        logits = run(classifier, examples, batch_size=batch_size)
+        seconds = time.perf_counter() - start
+        engine_name = classifier.engine.name
+    answers = logits[:, 0] if folder.task == "regression" else logits.argmax(axis=1)
+    headline = metrics.for_data(spec.data, folder.task, folder.num_labels)
+    result = EvalResult(
+        path=str(path),
+        task=folder.task,
+        metric=headline,
+        metrics=metrics.compute(folder.task, answers, examples.labels),
+        rows=len(examples),
+        source=examples.source,
+        fingerprint=examples.fingerprint,
+        engine=engine_name,
+        max_length=folder.max_length,
+        batch_size=batch_size,
+        seconds=seconds,
+    )
+    if predictions is not None:
+        _write_predictions(predictions, examples.labels, answers, logits, task=folder.task)
+    return result
+
+
+def _write_predictions(path: Path, labels: Array, answers: Array, logits: Array, *, task: str) -> None:
+    scores = [[] for _ in answers] if task == "regression" else softmax(logits).tolist()
+    with atomic_file(path) as partial, partial.open("w", encoding="utf-8") as file:
+        for label, answer, row in zip(labels.tolist(), answers.tolist(), scores, strict=True):
+            file.write(json.dumps({"label": label, "prediction": answer, "scores": row}) + "\n")

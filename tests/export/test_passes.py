@@ -1,0 +1,150 @@
+"""Each pass alone, on graphs where its claims can be seen."""
+
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from onnx import TensorProto, helper, numpy_helper
+
+from export.passes import PASSES, equal_split, lower_ir_version, name_weights, run_passes, share_equal, strip_metadata
+
+from .conftest import graph, matmul_model
+
+RANDOM = np.random.default_rng(0)
+W = RANDOM.standard_normal((8, 4)).astype(np.float32)
+
+
+def names(model: Any) -> list[str]:
+    return [tensor.name for tensor in model.graph.initializer]
+
+
+def run(model: Any, x: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    result: np.ndarray[Any, Any] = session.run(None, {"x": x})[0]
+    return result
+
+
+def test_strip_metadata_everywhere() -> None:
+    branch = graph([helper.make_node("MatMul", ["x", "W"], ["b"])], {"W": W}).graph
+    model = matmul_model(W)
+    node = helper.make_node("If", ["c"], ["y"], then_branch=branch, else_branch=branch)
+    model.graph.node.append(node)
+    model.functions.append(
+        helper.make_function("local", "f", ["a"], ["b"], [helper.make_node("Relu", ["a"], ["b"])], model.opset_import)
+    )
+    clean = model.SerializeToString()
+    function = model.functions[0]
+    inner = model.graph.node[1].attribute[0].g
+    for message in (
+        model, model.graph, model.graph.node[0], model.graph.input[0], model.graph.output[0], function,
+        function.node[0], model.graph.initializer[0], inner, inner.node[0], inner.initializer[0],
+    ):  # fmt: skip
+        message.doc_string = "File /home/someone/model.py"
+        message.metadata_props.add(key="trace", value="/home/someone/model.py")
+    model.graph.node[1].attribute[0].doc_string = "/home/someone"
+    model.graph.value_info.append(helper.make_tensor_value_info("t", TensorProto.FLOAT, None))
+    assert strip_metadata.run(model, {})
+    assert model.SerializeToString() == clean
+    assert not strip_metadata.run(model, {})
+
+
+def test_name_weights() -> None:
+    other = W + 1
+    model = graph(
+        [
+            helper.make_node("MatMul", ["x", "val_1"], ["a"]),
+            helper.make_node("Gemm", ["a", "model.head.weight"], ["y"], transB=1),
+        ],
+        {"val_1": W, "model.head.weight": np.ones((3, 4), np.float32), "val_2": other, "val_3": np.float32(3)},
+    )
+    x = RANDOM.standard_normal((2, 8)).astype(np.float32)
+    before = run(model, x)
+    weights = {
+        "first.weight": W.T.copy(), "head.weight": np.ones((3, 4), np.float32), "other": W + 2,
+        "scale": np.array(3, np.float32),
+    }  # fmt: skip
+    assert name_weights.run(model, weights)
+    assert names(model) == ["first.weight", "head.weight", "val_2", "val_3"]
+    np.testing.assert_array_equal(run(model, x), before)
+    assert not name_weights.run(model, weights)
+
+
+def test_name_weights_is_one_to_one_and_exact() -> None:
+    model = graph(
+        [helper.make_node("MatMul", ["x", "val_1"], ["a"]), helper.make_node("MatMul", ["a", "val_2"], ["y"])],
+        {"val_1": np.ones((4, 4), np.float32), "val_2": np.ones((4, 4), np.float32)},
+    )
+    weights = {"a.weight": np.ones((4, 4), np.float32), "b.weight": np.ones((4, 4), np.float32)}
+    name_weights.run(model, weights)
+    assert names(model) == ["a.weight", "b.weight"]
+
+    almost = matmul_model(W)
+    changed = W.copy()
+    changed[0, 0] = np.nextafter(changed[0, 0], np.float32(np.inf))
+    assert not name_weights.run(almost, {"w": changed, "v": W.astype(np.float64)})
+    # The exporter's own name is no proof: a tensor that changed value keeps it.
+    renamed = graph([helper.make_node("MatMul", ["x", "model.w"], ["y"])], {"model.w": W})
+    assert not name_weights.run(renamed, {"w": changed})
+    # A name that the graph uses already is not given again.
+    taken = graph([helper.make_node("MatMul", ["x", "v"], ["y"])], {"v": W})
+    assert not name_weights.run(taken, {"y": W})
+
+
+def test_name_weights_reaches_subgraphs() -> None:
+    branch = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "val_1"], ["b"])],
+        "branch",
+        [],
+        [helper.make_tensor_value_info("b", TensorProto.FLOAT, None)],
+    )
+    node = helper.make_node("If", ["c"], ["y"], then_branch=branch, else_branch=branch)
+    model = graph([node], {"val_1": W, "c": np.array(True)})
+    name_weights.run(model, {"w": W})
+    assert model.graph.node[0].attribute[0].g.node[0].input[1] == "w"
+    x = np.ones((1, 8), np.float32)
+    np.testing.assert_allclose(run(model, x), x @ W, rtol=1e-5)
+
+
+def test_share_equal() -> None:
+    large = RANDOM.standard_normal((32, 32)).astype(np.float32)
+    nodes = [helper.make_node("MatMul", ["x", "a"], ["t"])]
+    nodes += [helper.make_node("MatMul", ["t", "b"], ["u"]), helper.make_node("MatMul", ["u", "c"], ["y"])]
+    model = graph(nodes, {"a": large, "b": large, "c": large + 1, "d": W, "e": W})
+    x = RANDOM.standard_normal((2, 32)).astype(np.float32)
+    before = run(model, x)
+    assert share_equal.run(model, {})
+    assert names(model) == ["a", "c", "d", "e"]  # d and e are small
+    np.testing.assert_array_equal(run(model, x), before)
+    assert not share_equal.run(model, {})
+
+
+def test_equal_split() -> None:
+    nodes = [helper.make_node("Split", ["x"], ["y", "z"], axis=1, num_outputs=2)]
+    newer, older = graph(nodes, {}, opset=18), graph(nodes, {}, opset=17)
+    assert not equal_split.run(newer, {})
+    assert equal_split.run(older, {})
+    x = np.arange(8, dtype=np.float32).reshape(1, 8)
+    np.testing.assert_array_equal(run(older, x), run(newer, x))
+
+
+def test_lower_ir_version() -> None:
+    model = matmul_model(W)
+    model.ir_version = 10
+    assert lower_ir_version.run(model, {})
+    assert model.ir_version == 8
+    assert not lower_ir_version.run(model, {})
+    model.ir_version = 10
+    model.graph.initializer.append(numpy_helper.from_array(np.zeros(2, np.int8), "q"))
+    model.graph.initializer[-1].data_type = TensorProto.FLOAT8E4M3FN
+    assert not lower_ir_version.run(model, {})
+
+
+def test_all_passes_leave_a_valid_graph() -> None:
+    model = matmul_model(W)
+    model.graph.input[0].CopyFrom(helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 8]))
+    model.graph.output[0].CopyFrom(helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 4]))
+    model.doc_string = "x"
+    assert run_passes(model, {"weight": W.T.copy()}) == ["strip_metadata", "name_weights"]
+    assert len(PASSES) == 5
+    onnx.checker.check_model(model, full_check=True)

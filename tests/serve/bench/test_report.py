@@ -1,0 +1,180 @@
+"""The report: verdicts from synthetic timings, and the files of a real measurement."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pst.data import DataSpec
+from pst.errors import ArtifactError, ConfigError, RunError
+from serve.bench.report import Measurement, Report, Subject, verdict
+from serve.bench.runner import bench, unique_names
+from serve.bench.timing import Latency, compare
+
+ZEROS = "ONNX Runtime's CPU kernels multiply zeros like any other number"
+SPARSE = Subject(
+    name="sparse", path="sparse", engine="onnxruntime-cpu", pattern="2:4", sparsity=0.5, size_bytes=1, load_ms=1.0,
+    accuracy=None,
+)  # fmt: skip
+
+
+def measured(ratio: float, *, workload: str = "1x32", noise: float = 0.005, rounds: int = 100) -> Measurement:
+    random = np.random.default_rng(3)
+    base = 10 * np.exp(noise * random.standard_normal(rounds))
+    other = 10 / ratio * np.exp(noise * random.standard_normal(rounds))
+    latency = Latency(samples=tuple(other.tolist()), batch=1, warmup=1)
+    speedup = compare(Latency(samples=tuple(base.tolist()), batch=1, warmup=1), latency)
+    return Measurement(workload=workload, batch=1, sequence=32, subject="sparse", latency=latency, speedup=speedup)
+
+
+def test_faster() -> None:
+    text = verdict(SPARSE, [measured(1.5)], baseline="dense")
+    assert text.startswith("sparse is faster than dense at 1x32 (1.50×, ")
+    assert "zeros" not in text
+    assert "not" not in text
+
+
+def test_not_faster_says_why() -> None:
+    text = verdict(SPARSE, [measured(1.0)], baseline="dense")
+    assert text.startswith("sparse is not faster and not slower than dense at 1x32 (1.00×")
+    assert ZEROS in text
+
+
+def test_slower() -> None:
+    text = verdict(SPARSE, [measured(0.8)], baseline="dense")
+    assert text.startswith("sparse is slower than dense at 1x32 (0.80×")
+    assert ZEROS in text
+
+
+@pytest.mark.parametrize(("noise", "rounds"), [(0.5, 40), (0.0, 5)])
+def test_undecided(noise: float, rounds: int) -> None:
+    text = verdict(SPARSE, [measured(1.0, noise=noise, rounds=rounds)], baseline="dense")
+    assert text.startswith("sparse is not clearly faster or slower than dense")
+    assert "measure more rounds" in text
+    assert ("too few rounds" in text) == (rounds == 5)
+
+
+def test_each_workload_has_its_own_finding() -> None:
+    entries = [measured(1.5), measured(1.0, workload="8x128"), measured(1.6, workload="2x2")]
+    text = verdict(SPARSE, entries, baseline="dense")
+    assert "faster than dense at 1x32 (1.50×" in text
+    assert "2x2 (1.60×" in text
+    assert "not faster and not slower than dense at 8x128" in text
+
+
+@pytest.mark.parametrize(
+    "change", [{"pattern": "dense", "sparsity": 0.01}, {"pattern": None, "sparsity": None}, {"engine": "torch-cpu"}]
+)
+def test_the_reason_is_given_only_where_it_applies(change: dict[str, Any]) -> None:
+    subject = dataclasses.replace(SPARSE, **change)
+    assert "multiply zeros" not in verdict(subject, [measured(1.0)], baseline="dense")
+
+
+@pytest.fixture(scope="module")
+def measurement(
+    bert_artifact: Path, sparse_artifact: Path, reviews_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Report, Path]:
+    """A real measurement with data, on the smallest scale."""
+    output = tmp_path_factory.mktemp("bench") / "report"
+    report = bench(
+        [bert_artifact, sparse_artifact], shapes=[(1, 8), (4, 16)], output=output, threads=1, warmup=2, runs=12,
+        data=DataSpec(data=str(reviews_file)), command="pst bench a b",
+    )  # fmt: skip
+    return report, output
+
+
+def test_report_json(measurement: tuple[Report, Path]) -> None:
+    report, output = measurement
+    content = json.loads((output / "report.json").read_text(encoding="utf-8"))
+    assert content == json.loads(json.dumps(report.to_json()))
+    assert content["schema_version"] == 1
+    assert content["baseline"] == "bert"
+    assert [(entry["name"], entry["pattern"]) for entry in content["artifacts"]] == [
+        ("bert", "dense"),
+        ("bert-2of4", "2:4"),
+    ]
+    assert content["artifacts"][1]["sparsity"] == pytest.approx(0.5)
+    for entry in content["artifacts"]:
+        assert entry["size_bytes"] == (Path(entry["path"]) / "model.onnx").stat().st_size
+        assert entry["accuracy"]["metric"] == "accuracy"
+        assert entry["accuracy"]["rows"] == 64
+        assert entry["load_ms"] > 0
+    assert len(content["measurements"]) == 3 * 2
+    for entry in content["measurements"]:
+        samples = entry["latency"]["samples"]
+        assert len(samples) == entry["latency"]["runs"] == 12
+        assert entry["latency"]["p90"] == pytest.approx(np.percentile(samples, 90))
+        assert (entry["speedup"] is None) == (entry["artifact"] == "bert")
+        assert entry["latency"]["unit"] == "ms"
+    machine = content["environment"]
+    assert machine["command"] == "pst bench a b"
+    assert machine["threads"] == 1
+    assert machine["versions"]["onnxruntime"]
+    assert machine["cpu"]
+
+
+def test_ratios_are_those_of_the_samples(measurement: tuple[Report, Path]) -> None:
+    report, _ = measurement
+    base, sparse = report.of("bert"), report.of("bert-2of4")
+    for one, other in zip(base, sparse, strict=True):
+        assert other.speedup is not None
+        ratios = np.array(one.latency.samples) / np.array(other.latency.samples)
+        assert other.speedup.ratio == pytest.approx(np.median(ratios))
+        assert other.speedup.low is not None
+        assert other.speedup.high is not None
+        assert other.speedup.low <= other.speedup.ratio <= other.speedup.high
+
+
+def test_report_md_and_terminal(measurement: tuple[Report, Path]) -> None:
+    report, output = measurement
+    text = (output / "report.md").read_text(encoding="utf-8")
+    for words in ("p50 ms", "p99 ms", "bert-2of4", "| 1x8 |", "| 4x16 |", "2:4", "50.0%", "`pst bench a b`", "warm-up"):
+        assert words in text
+    assert report.verdicts()[0] in text
+    screen = report.render()
+    assert "baseline" in screen
+    assert report.verdicts()[0][:40] in screen
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in rows[:4]} == {8}
+
+
+def test_one_artifact_alone_has_no_ratio(tmp_path: Path, bert_artifact: Path) -> None:
+    report = bench([bert_artifact / "model.onnx"], shapes=[(1, 4)], output=tmp_path / "r", threads=1, warmup=1, runs=2)
+    assert report.verdicts() == []
+    assert report.subjects[0].pattern is None
+    assert (tmp_path / "r" / "report.md").is_file()
+
+
+def test_an_existing_report_is_kept(tmp_path: Path, bert_artifact: Path) -> None:
+    (tmp_path / "kept").write_text("mine")
+    with pytest.raises(RunError, match="--overwrite"):
+        bench([bert_artifact], shapes=[(1, 4)], output=tmp_path, runs=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    bench([bert_artifact], shapes=[(1, 4)], output=tmp_path, threads=1, warmup=1, runs=1, overwrite=True)
+    assert (tmp_path / "report.json").is_file()
+
+
+def test_user_errors(tmp_path: Path, bert_artifact: Path, reviews_file: Path) -> None:
+    output = tmp_path / "report"
+    with pytest.raises(ConfigError, match="nothing to measure"):
+        bench([], shapes=[(1, 4)], output=output)
+    with pytest.raises(ConfigError, match="--runs"):
+        bench([bert_artifact], shapes=[(1, 4)], output=output, runs=0)
+    with pytest.raises(ConfigError, match="longer than bert can read"):
+        bench([bert_artifact], shapes=[(1, 65)], output=output)
+    with pytest.raises(ConfigError, match="given twice"):
+        bench([bert_artifact, bert_artifact], shapes=[(1, 4)], output=output)
+    with pytest.raises(ArtifactError, match="does not exist"):
+        bench([tmp_path / "nowhere"], shapes=[(1, 4)], output=output)
+    with pytest.raises(ConfigError, match="no tokenizer"):
+        bench([bert_artifact / "model.onnx"], shapes=[(1, 4)], output=output, data=DataSpec(data=str(reviews_file)))
+    assert not output.exists()
+
+
+def test_names_tell_artifacts_apart() -> None:
+    paths = [Path("/x/dense/artifact"), Path("/x/sparse/artifact")]
+    assert list(unique_names(paths)) == ["dense/artifact", "sparse/artifact"]
+    assert list(unique_names([Path("/x/a"), Path("/x/b")])) == ["a", "b"]

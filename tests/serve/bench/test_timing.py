@@ -1,0 +1,153 @@
+"""Percentiles against numpy, the order of measuring, and what may be concluded."""
+
+import itertools
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from serve.bench.timing import (
+    MINIMUM_ROUNDS,
+    Latency,
+    Speedup,
+    compare,
+    measure_in_turn,
+    median_interval,
+    percentile,
+)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 10, 99, 100, 1000])
+def test_percentiles_equal_numpys(count: int) -> None:
+    samples = np.random.default_rng(count).lognormal(size=count)
+    for p in (0, 1, 25, 50, 90, 99, 99.9, 100):
+        assert percentile(samples.tolist(), p) == pytest.approx(float(np.percentile(samples, p)), rel=1e-12)
+
+
+def test_latency_summary_equals_numpys() -> None:
+    samples = np.random.default_rng(0).lognormal(size=137)
+    latency = Latency(samples=tuple(samples.tolist()), batch=8, warmup=3)
+    assert latency.unit == "ms"
+    assert latency.mean == pytest.approx(samples.mean())
+    assert latency.std == pytest.approx(samples.std())
+    assert latency.throughput == pytest.approx(8 / (samples.mean() / 1000))
+    content = latency.to_json()
+    assert (content["p50"], content["runs"], content["warmup"]) == (latency.p50, 137, 3)
+    assert content["samples"] == samples.tolist()
+    assert latency.p50 <= latency.p90 <= latency.p99
+
+
+class FakeClock:
+    """Time that passes only inside the engines."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.calls: list[tuple[str, int]] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def engine(self, name: str, seconds: float) -> Callable[[int], None]:
+        def call(index: int) -> None:
+            self.calls.append((name, index))
+            self.now += seconds
+
+        return call
+
+
+def test_engines_are_measured_in_turn() -> None:
+    clock = FakeClock()
+    engines = {"a": clock.engine("a", 0.001), "b": clock.engine("b", 0.003)}
+    latencies = measure_in_turn(engines, batch=2, warmup=2, runs=3, clock=clock)
+    warmup = [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
+    # Each timed inference follows one of the same engine that is not timed.
+    rounds = [[("a", index), ("a", index), ("b", index), ("b", index)] for index in range(3)]
+    assert clock.calls == [*warmup, *itertools.chain(*rounds)]
+    assert latencies["a"].samples == pytest.approx((1.0, 1.0, 1.0))
+    assert latencies["b"].samples == pytest.approx((3.0, 3.0, 3.0))
+    assert {latency.warmup for latency in latencies.values()} == {2}
+
+
+def test_one_engine_alone_needs_no_untimed_run_between() -> None:
+    clock = FakeClock()
+    measure_in_turn({"a": clock.engine("a", 1.0)}, batch=1, warmup=1, runs=3, clock=clock)
+    assert clock.calls == [("a", 0), ("a", 0), ("a", 1), ("a", 2)]
+
+
+@pytest.mark.parametrize(("runs", "budget_s", "expected"), [(100, 30.0, 15), (100, 1.0, MINIMUM_ROUNDS), (5, 1.0, 5)])
+def test_time_budget(runs: int, budget_s: float, expected: int) -> None:
+    clock = FakeClock()
+    rounds = []
+    latencies = measure_in_turn(
+        {"a": clock.engine("a", 0.5), "b": clock.engine("b", 0.5)},
+        batch=1, warmup=1, runs=runs, budget_s=budget_s, clock=clock, on_round=lambda: rounds.append(1),
+    )  # fmt: skip
+    assert [len(latency.samples) for latency in latencies.values()] == [expected, expected]
+    assert len(rounds) == expected
+
+
+def test_median_interval_is_the_binomials() -> None:
+    # For n = 10 the textbook interval of the median is from the 2nd to the 9th, with 97.9% coverage.
+    assert median_interval(list(range(1, 11))) == (2, 9)
+    assert median_interval([1.0] * 5) is None  # 2 / 2**5 > 5%
+    assert median_interval([1.0] * 6) == (1.0, 1.0)
+    assert median_interval([]) is None
+
+
+@pytest.mark.parametrize("n", [6, 17, 100, 1001])
+def test_median_interval_covers_as_promised(n: int) -> None:
+    low, high = median_interval(list(range(n))) or (math.nan, math.nan)
+    k = int(low) + 1
+    assert high == n - k
+
+    def coverage(k: int) -> float:
+        # Whole numbers until the division: the oracle has no rounding.
+        below: int = sum(math.comb(n, i) for i in range(k))
+        return 1 - 2 * (below / (1 << n))
+
+    assert coverage(k) >= 0.95 > coverage(k + 1)
+
+
+def speedup_of(ratio: float, *, noise: float = 0.0, rounds: int = 100, drift: float = 0.0) -> Speedup:
+    random = np.random.default_rng(7)
+    machine = 10 * np.exp(drift * np.linspace(0, 1, rounds))
+    base = machine * np.exp(noise * random.standard_normal(rounds))
+    other = machine / ratio * np.exp(noise * random.standard_normal(rounds))
+    return compare(
+        Latency(samples=tuple(base.tolist()), batch=1, warmup=1),
+        Latency(samples=tuple(other.tolist()), batch=1, warmup=1),
+    )
+
+
+@pytest.mark.parametrize(
+    ("ratio", "noise", "rounds", "expected"),
+    [
+        (1.5, 0.05, 100, "faster"),
+        (0.7, 0.05, 100, "slower"),
+        (1.0, 0.01, 100, "same"),
+        (1.01, 0.3, 50, "undecided"),
+        (2.0, 0.0, 5, "undecided"),
+    ],
+)
+def test_findings(ratio: float, noise: float, rounds: int, expected: str) -> None:
+    assert speedup_of(ratio, noise=noise, rounds=rounds).finding == expected
+
+
+def test_drift_of_the_machine_cancels() -> None:
+    """A machine that slows down threefold during the run still shows a small difference."""
+    found = speedup_of(1.1, noise=0.01, drift=math.log(3))
+    assert found.finding == "faster"
+    assert found.ratio == pytest.approx(1.1, rel=0.01)
+
+
+def test_five_rounds_give_no_interval() -> None:
+    found = speedup_of(2.0, rounds=5)
+    assert found.ratio == pytest.approx(2.0)
+    assert (found.low, found.high) == (None, None)
+    assert found.to_json()["finding"] == "undecided"
+
+
+def test_compare_wants_the_same_rounds() -> None:
+    with pytest.raises(ValueError, match="longer"):
+        compare(Latency(samples=(1.0,), batch=1, warmup=1), Latency(samples=(1.0, 2.0), batch=1, warmup=1))

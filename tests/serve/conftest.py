@@ -1,0 +1,36 @@
+"""Artifacts of the tiny models, exported once."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def bert_artifact(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny BERT as pst export writes it."""
+    from export.pipeline import export
+
+    output = tmp_path_factory.mktemp("exported") / "bert"
+    export(tiny_bert, output)
+    return output
+
+
+@pytest.fixture(scope="session")
+def gpt2_artifact(tiny_gpt2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny GPT-2 as pst export writes it."""
+    from export.pipeline import export
+
+    output = tmp_path_factory.mktemp("exported") / "gpt2"
+    export(tiny_gpt2, output)
+    return output
+
+
+@pytest.fixture(scope="session")
+def sparse_artifact(sparse_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A 2:4 pruned tiny BERT as pst export writes it."""
+    from export.pipeline import export
+
+    output = tmp_path_factory.mktemp("exported") / "bert-2of4"
+    export(sparse_model("2:4"), output)
+    return output
