@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from pst import __version__
@@ -38,7 +39,7 @@ def save_model(
             "name": item.name,
             "shape": list(item.weight.shape),
             "axis": item.axis,
-            "density": int(item.weight.count_nonzero()) / item.weight.numel(),
+            "density": int(torch.count_nonzero(item.weight)) / item.weight.numel(),
         }
         for item in (prunable_weights(model) if config.method != "dense" else [])
     ]
