@@ -4,6 +4,7 @@ DIR/checkpoints/step-00000100.pt      model, optimizer, random states, step, con
 """
 
 import random
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 
 from pst.errors import RunError
-from pst.files import atomic_file
+from pst.files import atomic_file, remove
 from pst.progress import note
 
 SCHEMA_VERSION = 1
@@ -21,9 +22,10 @@ KEPT = 2
 
 def random_state() -> dict[str, Any]:
     """The state of every generator that training draws from."""
+    name, keys, *rest = np.random.get_state(legacy=True)
     state: dict[str, Any] = {
         "python": random.getstate(),
-        "numpy": np.random.get_state(),
+        "numpy": (name, np.asarray(keys).tolist(), *rest),  # plain numbers, so that loading a checkpoint runs no code
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
@@ -41,12 +43,18 @@ def set_random_state(state: Mapping[str, Any]) -> None:
 
 
 def save(folder: Path, *, step: int, content: Mapping[str, Any]) -> Path:
-    """Write the checkpoint of *step* beside its name, flush, rename; then drop all but the last two."""
+    """Write the checkpoint of *step* beside its name, flush, rename; then drop all but the last two.
+
+    Later steps go too: a run only meets such a file when it was damaged and passed over. Raises StorageError where
+    the disk refuses; the checkpoints that are there stay then.
+    """
     target = folder / f"step-{step:08d}.pt"
-    with atomic_file(target) as partial:
-        torch.save({"schema_version": SCHEMA_VERSION, "step": step, **content}, partial)
-    for old in _found(folder)[:-KEPT]:
-        old.unlink(missing_ok=True)
+    with atomic_file(target) as partial, partial.open("wb") as file:  # torch's own writer hides why the disk refused
+        torch.save({"schema_version": SCHEMA_VERSION, "step": step, **content}, file)
+    found = _found(folder)
+    kept = found[: found.index(target) + 1][-KEPT:]
+    for other in set(found).difference(kept):
+        remove(other)
     return target
 
 
@@ -62,8 +70,10 @@ def load_last(folder: Path) -> dict[str, Any] | None:
     found = _found(folder)
     for path in reversed(found):
         try:
-            # Our own file: it holds the random states of Python and numpy beside tensors.
-            content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=False)
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip() is not None:  # torch does not compare the checksums
+                    raise zipfile.BadZipFile
+            content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
             if content["schema_version"] != SCHEMA_VERSION:
                 raise RunError(
                     f"{path} was written by another version of this program (schema {content['schema_version']}, "

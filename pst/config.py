@@ -50,6 +50,8 @@ class TrainConfig:
     sparsity_warmup: float = field(0.1, "fraction of the steps before the cubic ramp begins")
     sparsity_cooldown: float = field(0.3, "fraction of the steps after it ends")
 
+    mask_every: int = field(1, "steps between two choices of the masks; the published method chooses at every step")
+
     seed: int | None = field(None, "seed of the head's start, the order of rows and dropout")
     device: str = field("auto", "auto, cpu, or cuda")
     eval_every: int = field(0, "steps between evaluations; 0 = at the end only")
@@ -59,7 +61,15 @@ class TrainConfig:
         """Raise ConfigError or PatternError for a value that no run could use."""
         if self.sparsity is not None:
             check_sparsity(self.sparsity)
-        at_least = {"batch_size": 1, "steps": 0, "limit": 0, "eval_every": 0, "checkpoint_every": 0, "weight_decay": 0}
+        at_least = {
+            "batch_size": 1,
+            "mask_every": 1,
+            "steps": 0,
+            "limit": 0,
+            "eval_every": 0,
+            "checkpoint_every": 0,
+            "weight_decay": 0,
+        }
         at_least |= {"max_grad_norm": 0, "r1": 1, "r2": 1, "max_length": 3, "seed": 0}
         for name, lowest in at_least.items():
             value = getattr(self, name)

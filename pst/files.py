@@ -4,10 +4,13 @@ Needs the standard library alone: every layer may import it.
 """
 
 import contextlib
+import ctypes
 import errno
+import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,23 +18,45 @@ from typing import Any
 
 from pst.errors import PSTError, RunError, StorageError
 
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EIO}
+_REFUSED |= {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP}
+
 
 @contextlib.contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turn "no space" and "no permission" below *path* into a StorageError that names it."""
+    """Turn what the disk says below *path* (no space, no permission, no folder) into a StorageError that names it."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except PSTError:
+        raise
+    except Exception as error:
+        number = _os_errno(error)
+        if number in _FULL:
             raise StorageError(
                 f"No space is left on the disk that holds {path}; free some, or choose another folder with --output."
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise StorageError(f"{path} cannot be written: {error.strerror}. Choose another folder.") from error
+        if number in _REFUSED:
+            raise StorageError(f"{path} cannot be written: {os.strerror(number)}. Choose another folder.") from error
         raise
 
 
-def _sync_file(path: Path) -> None:
+def _os_errno(error: BaseException | None) -> int:
+    """The operating system's errno behind *error*, or 0.
+
+    torch.save hides the OSError behind a RuntimeError; safetensors and tokenizers (Rust) write it into the message.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno:
+            return error.errno
+        if match := re.search(r"\(os error (\d+)\)", str(error)):
+            return int(match[1])
+        error = error.__cause__ or error.__context__
+    return 0
+
+
+def _sync(path: Path) -> None:
+    """Flush a file, or the entries of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -40,21 +65,49 @@ def _sync_file(path: Path) -> None:
 
 
 def _partial(target: Path) -> Path:
+    """Where this process writes what becomes *target*. Clears what killed processes left of the same."""
+    for leftover in target.parent.glob(f".{glob.escape(target.name)}.partial-*"):
+        pid = leftover.name.rpartition("-")[2]
+        if pid == str(os.getpid()) or not _is_alive(pid):
+            remove(leftover)
     return target.with_name(f".{target.name}.partial-{os.getpid()}")
+
+
+def _is_alive(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except OSError:
+        return True  # another user's
+    return True
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder with all that is in it; nothing happens where there is none, or it cannot be."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 @contextlib.contextmanager
 def atomic_file(target: Path) -> Iterator[Path]:
-    """Yield a path beside *target* to write to; on success it is flushed to disk and renamed to *target*."""
-    partial = _partial(target)
+    """Yield a path beside *target* to write to; on success it is flushed to disk and renamed to *target*.
+
+    Raises StorageError where the disk refuses; *target* is then as it was.
+    """
     with storage_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = _partial(target)
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
             yield partial
-            _sync_file(partial)
+            _sync(partial)
             os.replace(partial, target)
+            _sync(target.parent)
         finally:
-            partial.unlink(missing_ok=True)
+            remove(partial)
 
 
 @contextlib.contextmanager
@@ -65,28 +118,53 @@ def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     Raises RunError where it is in the way, StorageError where the disk refuses.
     """
     refuse_existing(target, overwrite=overwrite)
-    partial = _partial(target)
     with storage_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = _partial(target)
         try:
-            partial.mkdir(parents=True)
+            partial.mkdir()
             yield partial
-            for path in partial.rglob("*"):
-                if path.is_file():
-                    _sync_file(path)
-            old = target.with_name(f".{target.name}.old-{os.getpid()}")
-            if target.exists():
-                os.rename(target, old)
-            os.rename(partial, target)
-            shutil.rmtree(old, ignore_errors=True)
+            for path in (*partial.rglob("*"), partial):
+                if path.is_file() or path.is_dir():
+                    _sync(path)
+            if not target.exists():
+                os.rename(partial, target)
+            elif not _exchange(partial, target):
+                _replace_folder(partial, target)
+            _sync(target.parent)
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            remove(partial)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two names in one step (Linux, renameat2). False where the system or the file system cannot."""
+    at_cwd, exchange = -100, 2
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2
+    except (OSError, AttributeError):
+        return False
+    return bool(renameat2(at_cwd, os.fsencode(a), at_cwd, os.fsencode(b), exchange) == 0)
+
+
+def _replace_folder(new: Path, target: Path) -> None:
+    """Two renames: a kill between them leaves the old folder as .NAME.old-PID, an error puts it back."""
+    old = target.with_name(f".{target.name}.old-{os.getpid()}")
+    os.rename(target, old)
+    try:
+        os.rename(new, target)
+    except OSError:
+        os.rename(old, target)
+        raise
+    remove(old)
 
 
 def refuse_existing(target: Path, *, overwrite: bool) -> None:
     """Raise RunError when *target* is a file, or holds anything and *overwrite* is not set."""
-    if target.is_file():
+    with storage_errors(target):
+        is_file, holds_any = target.is_file(), target.is_dir() and any(target.iterdir())
+    if is_file:
         raise RunError(f"{target} is a file; --output wants a folder.")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
+    if holds_any and not overwrite:
         raise RunError(
             f"{target} already holds a result, which is kept; choose another --output, or replace it with --overwrite."
         )

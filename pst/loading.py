@@ -1,5 +1,7 @@
 """Model folders and hub ids to a model with a classification head and its tokenizer, with errors a user can act on."""
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ from pst.data import Examples, align_labels
 from pst.errors import ModelError
 
 DEFAULT_MAX_LENGTH = 128
+VOCABULARY_FILES = ("tokenizer.json", "vocab.*", "merges.txt", "*.model")
 
 
 def quiet_transformers() -> None:
@@ -29,8 +32,12 @@ def load_config(source: str) -> Any:
         raise ModelError(f"{source} {what}; --model wants a Hugging Face folder or a hub id such as bert-base-uncased.")
     try:
         return AutoConfig.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"No model configuration can be read from {source}: {_first_line(error)}") from error
+    except Exception as error:  # whatever the file holds, transformers' checks of its fields included
+        where = f"{source}/config.json" if Path(source).is_dir() else f"the hub for {source}"
+        raise ModelError(
+            f"No model configuration can be read from {where}: {_first_line(error)} "
+            "Give --model a Hugging Face folder, or a hub id that is reachable or cached."
+        ) from error
 
 
 def _looks_local(source: str) -> bool:
@@ -38,17 +45,26 @@ def _looks_local(source: str) -> bool:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    """The first sentence-like line of a message that may be a page long, ending in a full stop."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return text if text.endswith((".", "!", "?")) else text + "."
 
 
 def load_tokenizer(source: str) -> Any:
     """The fast tokenizer of *source*. Raises ModelError where there is none."""
     from transformers import AutoTokenizer
 
+    remedy = "copy the tokenizer files of its base model there, tokenizer.json above all."
+    folder = Path(source)
+    if folder.is_dir() and not any(any(folder.glob(name)) for name in VOCABULARY_FILES):
+        raise ModelError(f"{source} has no tokenizer; {remedy}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"No tokenizer can be read from {source}: {_first_line(error)}") from error
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise ModelError(f"No tokenizer can be read from {source}: {_first_line(error)} Remedy: {remedy}") from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes an empty one where it finds no file
+        raise ModelError(f"The tokenizer of {source} has no vocabulary; {remedy}")
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(f"The tokenizer of {source} has no tokenizer.json (a fast tokenizer), which serving needs.")
     return tokenizer
@@ -97,11 +113,29 @@ def load_classifier(
     if getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = load_tokenizer(source).pad_token_id
     try:
-        model: nn.Module = AutoModelForSequenceClassification.from_pretrained(source, config=config, dtype="float32")
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"The weights of {source} cannot be read: {_first_line(error)}") from error
-    except Exception as error:
-        if type(error).__name__ == "SafetensorError":
-            raise ModelError(f"The weights of {source} are damaged ({_first_line(error)}); get them again.") from error
-        raise
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            source, config=config, dtype="float32", output_loading_info=True
+        )
+    except Exception as error:  # OSError, SafetensorError, RuntimeError for shapes, and what a bad config leads to
+        raise ModelError(
+            f"The weights of {source} cannot be read, or do not fit its config.json: {_first_line(error)} "
+            "Get the model again, or choose another --model."
+        ) from error
+    lacking = sorted(name for name in report["missing_keys"] if re.search(r"\.\d+\.", name))
+    if lacking:  # a new head is fine; a transformer block left at its random start is not
+        raise ModelError(
+            f"The weights of {source} lack {len(lacking)} tensors of its transformer blocks ({lacking[0]}, ...); "
+            "they belong to another model than its config.json. Get the model again, or choose another --model."
+        )
     return model, train, validation
+
+
+def require_vocabulary(model: Any, token_ids: Sequence[Sequence[int]], *, source: str) -> None:
+    """Raise ModelError where a token id is beyond the model's embedding: a tokenizer of another model."""
+    size = int(model.get_input_embeddings().num_embeddings)
+    highest = max((max(row) for row in token_ids if row), default=0)
+    if highest >= size:
+        raise ModelError(
+            f"The tokenizer of {source} gives token id {highest}, but the model has embeddings for {size}; "
+            "the tokenizer is of another model. Copy the right tokenizer files there."
+        )

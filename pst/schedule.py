@@ -17,7 +17,7 @@ class CubicSchedule:
 
     def __post_init__(self) -> None:
         """Raise ConfigError for fractions that leave no room for the ramp, or a schedule that runs backwards."""
-        if min(self.warmup, self.cooldown) < 0 or self.warmup + self.cooldown > 1:
+        if not (self.warmup >= 0 and self.cooldown >= 0 and self.warmup + self.cooldown <= 1):  # NaN included
             raise ConfigError(
                 f"The sparsity schedule has warm-up {self.warmup:g} and cool-down {self.cooldown:g}; "
                 "both are fractions of training and together at most 1."
@@ -34,5 +34,5 @@ class CubicSchedule:
             return self.final
         if step <= start:
             return self.initial
-        left = 1 - (step - start) / ((1 - self.warmup - self.cooldown) * self.steps)
+        left = (end - step) / (end - start)  # 1 - (t - iT) / ((1 - i - f) T), in [0, 1) whatever the rounding
         return self.final + (self.initial - self.final) * left**3

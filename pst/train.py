@@ -4,10 +4,10 @@ DIR/config.yaml      the resolved options            DIR/checkpoints/   for --re
 DIR/metrics.jsonl    one line a logged step          DIR/model/         the result: plain weights, zeros in place
 """
 
+import hashlib
 import json
 import math
 import random
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -25,8 +25,8 @@ from pst.batches import Encoded, encode, training_batches
 from pst.config import TrainConfig
 from pst.errors import ConfigError, RunError
 from pst.evaluate import evaluate
-from pst.files import read_json, refuse_existing, storage_errors
-from pst.loading import load_classifier, load_config, load_tokenizer, settle_max_length
+from pst.files import atomic_file, read_json, refuse_existing, remove, storage_errors
+from pst.loading import load_classifier, load_config, load_tokenizer, require_vocabulary, settle_max_length
 from pst.progress import note, progress
 from pst.result import save_model
 from pst.schedule import CubicSchedule
@@ -66,10 +66,9 @@ def train(
     what the user can mend, InterruptedRun after SIGINT or SIGTERM, with a checkpoint written.
     """
     config = config.filled()
-    if not resume:
-        refuse_existing(output, overwrite=overwrite)
-    elif finished := _finished(config, output):
+    if resume and (finished := _finished(config, output)):
         return finished
+    _refuse_existing(output, resume=resume, overwrite=overwrite)
     device = _device(config.device)
     seed = _given(config.seed)
     random.seed(seed)
@@ -83,7 +82,10 @@ def train(
     max_length = settle_max_length(config.max_length, model_config, source=config.model)
     tokenizer = load_tokenizer(config.model)
     model, rows, held_out = load_classifier(config.model, model_config, rows, held_out)
+    fingerprint = _fingerprint(model)
     encoded, encoded_held_out = (encode(tokenizer, part, max_length=max_length) for part in (rows, held_out))
+    for part in (encoded, encoded_held_out):
+        require_vocabulary(model, part.columns["input_ids"], source=config.model)
     method = methods.make(config.method, config)
     if method is not None:
         sparsify_(model, method=method, pattern=config.pattern)
@@ -105,6 +107,7 @@ def train(
     # The run folder, and where to go on
     identity = {name: value for name, value in asdict(config).items() if name not in NOT_COMPARED}
     identity |= {"max_length": max_length, "training rows": rows.fingerprint, "validation rows": held_out.fingerprint}
+    identity |= {"starting weights": fingerprint}
     state = checkpoint.load_last(output / "checkpoints") if resume else None
     first_step, spent = 0, 0.0
     if state is not None:
@@ -116,9 +119,16 @@ def train(
         note(f"Resuming {output} at step {first_step} of {steps}.")
     elif resume:
         note(f"No checkpoint in {output}; starting from the first step.")
-    _prepare_folder(output, config, first_step=first_step)
+    _prepare_folder(output, config, first_step=first_step, steps=steps)
+
+    def choose_masks(step: int, sparsity: float) -> None:
+        try:
+            set_sparsity_(model, sparsity)
+        except ValueError as error:  # scores that are not finite
+            raise _diverged(step, output) from error
 
     def save_checkpoint(step: int) -> None:
+        _require_finite(trainable, step, output)
         content: dict[str, Any] = {"identity": identity, "seconds": spent + time.monotonic() - start}
         content |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
         content |= {"random": checkpoint.random_state()}
@@ -131,21 +141,17 @@ def train(
     with stop_signals() as stopped, _log(output) as log, progress("train", steps, done=first_step) as advance:
         for step, batch in enumerate(batches, first_step):
             sparsity = schedule(step)
-            if method is not None:
-                set_sparsity_(model, sparsity)
+            if method is not None and step % config.mask_every == 0:
+                choose_masks(step, sparsity)
             factor = _rate(step, steps, _given(config.lr_warmup))
             for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
                 group["lr"] = rate * factor
             loss = model(**{name: value.to(device) for name, value in batch.items()}).loss
-            if not math.isfinite(loss.item()):
-                raise RunError(
-                    f"The loss is {loss.item()} at step {step}; lower lr, lr_update or lr_scores. "
-                    f"The last good checkpoint is kept in {output / 'checkpoints'}."
-                )
             optimizer.zero_grad()
             loss.backward()
-            if config.max_grad_norm:
-                torch.nn.utils.clip_grad_norm_(trainable, config.max_grad_norm)
+            norm = torch.nn.utils.clip_grad_norm_(trainable, config.max_grad_norm or math.inf)
+            if not math.isfinite(loss.item() + norm.item()):
+                raise _diverged(step, output)
             optimizer.step()
 
             done = step + 1
@@ -153,14 +159,17 @@ def train(
             if done % LOG_EVERY == 0 or done == steps:
                 log(step=done, loss=loss.item(), lr_factor=factor, sparsity=sparsity)
             if config.eval_every and done % config.eval_every == 0 and done < steps:
-                log(step=done, eval=_evaluate(model, encoded_held_out, config, schedule(done), rows.task, device))
+                log(step=done, eval=_evaluate(model, encoded_held_out, config, rows.task, device))
             if stopped() or (config.checkpoint_every and done % config.checkpoint_every == 0 and done < steps):
                 save_checkpoint(done)
             if stopped():
                 raise InterruptedRun(f"Stopped at step {done} of {steps}; continue with --resume --output {output}.")
 
         # The result
-        metrics = _evaluate(model, encoded_held_out, config, schedule.final, rows.task, device)
+        _require_finite(trainable, steps, output)
+        if method is not None:
+            choose_masks(steps, schedule.final)
+        metrics = _evaluate(model, encoded_held_out, config, rows.task, device)
         log(step=steps, eval=metrics)
     if method is not None:
         merge_(model)
@@ -178,7 +187,7 @@ def train(
             seconds=seconds,
             steps=steps,
         )
-    shutil.rmtree(output / "checkpoints", ignore_errors=True)
+    remove(output / "checkpoints")
     return TrainResult(model=output / "model", metrics=metrics, seconds=seconds, steps=steps)
 
 
@@ -187,13 +196,35 @@ def _finished(config: TrainConfig, output: Path) -> TrainResult | None:
     report_file = output / "model" / "sparsity.json"
     if not report_file.is_file():
         return None
-    report = read_json(report_file, RunError, "start again with --overwrite.")
+    remedy = "start again with --overwrite."
+    report = read_json(report_file, RunError, remedy)
     now = json.loads(json.dumps(asdict(config)))
-    _require_same({**report["config"], "device": None}, {**now, "device": None}, output)
+    try:
+        stored, metrics, seconds, steps = (report[name] for name in ("config", "metrics", "seconds", "steps"))
+    except KeyError as error:
+        raise RunError(f"{report_file} does not say {error}, so it is not a run of this program; {remedy}") from error
+    ignored = dict.fromkeys(NOT_COMPARED)
+    _require_same({**stored, **ignored}, {**now, **ignored}, output)
+    remove(output / "checkpoints")  # a kill can have come between the result and this
     note(f"{output} is finished already.")
-    return TrainResult(
-        model=output / "model", metrics=report["metrics"], seconds=report["seconds"], steps=report["steps"]
-    )
+    return TrainResult(model=output / "model", metrics=metrics, seconds=seconds, steps=steps)
+
+
+def _refuse_existing(output: Path, *, resume: bool, overwrite: bool) -> None:
+    """Raise RunError where *output* holds what this run must not touch: any run, or, to resume, anything but a run."""
+    interrupted = any(output.glob("checkpoints/*.pt"))
+    if interrupted and not resume and not overwrite:
+        raise RunError(
+            f"{output} holds a run that is not finished, which is kept; continue it with --resume, replace it with "
+            "--overwrite, or choose another --output."
+        )
+    if resume and (interrupted or (output / "metrics.jsonl").exists() or not _visible(output)):
+        return
+    refuse_existing(output, overwrite=overwrite)
+
+
+def _visible(folder: Path) -> bool:
+    return any(not path.name.startswith(".") for path in folder.glob("*"))
 
 
 def _given(value: Any) -> Any:
@@ -218,8 +249,39 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError("device is cuda, but torch sees no GPU here; leave --device out to use the processor.")
-    return torch.device(name)
+        raise ConfigError("device is cuda, but torch sees no GPU here; use --set device=auto, or cpu.")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device is {name!r}; use auto, cpu, cuda, or cuda:N.") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device is {name!r}, but the GPUs here are numbered 0 to {torch.cuda.device_count() - 1}.")
+    return device
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """SHA-256 of all tensors of *model*, as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(tensor.numpy()).data)
+    return digest.hexdigest()
+
+
+def _diverged(step: int, output: Path) -> RunError:
+    kept = (
+        f" Checkpoints from before are kept in {output / 'checkpoints'}." if any(output.glob("checkpoints/*")) else ""
+    )
+    return RunError(
+        f"Training diverged: a loss, gradient or weight is not a finite number at step {step}. "
+        f"Start again with a lower lr, lr_update or lr_scores.{kept}"
+    )
+
+
+def _require_finite(parameters: list[nn.Parameter], step: int, output: Path) -> None:
+    """Raise RunError where a weight is NaN or infinite, so that no checkpoint and no result ever holds one."""
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in parameters):
+        raise _diverged(step, output)
 
 
 def _rate(step: int, steps: int, warmup: float) -> float:
@@ -231,11 +293,9 @@ def _rate(step: int, steps: int, warmup: float) -> float:
 
 
 def _evaluate(
-    model: nn.Module, encoded: Encoded, config: TrainConfig, sparsity: float, task: str, device: torch.device
+    model: nn.Module, encoded: Encoded, config: TrainConfig, task: str, device: torch.device
 ) -> dict[str, float]:
-    """Metrics with the masks of the present scores. Leaves the random states as they were."""
-    if config.method != "dense":
-        set_sparsity_(model, sparsity)
+    """Metrics under the present masks. Changes nothing that training depends on."""
     return evaluate(model, encoded, task=task, batch_size=max(config.batch_size, 64), device=device)
 
 
@@ -248,34 +308,46 @@ def _require_same(stored: dict[str, Any], now: dict[str, Any], output: Path) -> 
     if different:
         shown = ", ".join(f"{name} was {stored.get(name)!r}, now {now.get(name)!r}" for name in different[:4])
         raise RunError(
-            f"The checkpoint in {output} is from another configuration ({shown}); repeat the options of that run, "
+            f"The run in {output} is from another configuration ({shown}); repeat the options of that run, "
             "give --output and --resume alone, or choose another --output."
         )
 
 
-def _prepare_folder(output: Path, config: TrainConfig, *, first_step: int) -> None:
+def _prepare_folder(output: Path, config: TrainConfig, *, first_step: int, steps: int) -> None:
     with storage_errors(output):
         output.mkdir(parents=True, exist_ok=True)
         for leftover in (*output.glob(".*.partial-*"), *output.glob("checkpoints/.*.partial-*")):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
-        shutil.rmtree(output / "model", ignore_errors=True)
+            remove(leftover)
+        remove(output / "model" / "sparsity.json")  # first, so that a kill here leaves nothing that looks finished
+        remove(output / "model")
         if first_step == 0:
-            shutil.rmtree(output / "checkpoints", ignore_errors=True)
-        log = output / "metrics.jsonl"
-        kept = log.read_text(encoding="utf-8").splitlines(keepends=True) if first_step and log.exists() else []
-        # A kill can cut the last line short; what lies after the checkpoint happens again.
-        kept = [line for line in kept if line.endswith("}\n") and json.loads(line)["step"] <= first_step]
-        log.write_text("".join(kept), encoding="utf-8")
+            remove(output / "checkpoints")
+        path = output / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if first_step and path.exists() else []
+        with atomic_file(path) as partial:
+            kept = (line for line in lines if _lies_before(line, first_step, steps))
+            partial.write_text("".join(kept), encoding="utf-8")
         dump(config, output / "config.yaml")
+
+
+def _lies_before(line: str, first_step: int, steps: int) -> bool:
+    """Whether a logged line stays on resuming at *first_step*: a later one, and the final metrics, happen again."""
+    try:
+        values = json.loads(line)
+    except ValueError:  # a kill cut it short
+        return False
+    final = "eval" in values and values["step"] == steps
+    return bool(values["step"] <= first_step and not final)
 
 
 @contextmanager
 def _log(output: Path) -> Iterator[Callable[..., None]]:
-    with (output / "metrics.jsonl").open("a", encoding="utf-8") as file:
+    with storage_errors(output), (output / "metrics.jsonl").open("a", encoding="utf-8") as file:
 
         def log(**values: Any) -> None:
-            file.write(json.dumps(values) + "\n")
-            file.flush()
+            with storage_errors(output):
+                file.write(json.dumps(values) + "\n")
+                file.flush()
 
         yield log
 

@@ -1,0 +1,308 @@
+"""The command line: parses, calls one function, prints. Everything heavy is imported inside the commands.
+
+Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 2 something the user can mend, 130 interrupted.
+"""
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pst import __version__
+from pst.errors import ConfigError, PSTError
+
+app = typer.Typer(
+    name="pst",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    help="Sparse transformers from training to serving: learn masks by PST, export 2:4 or unstructured sparse ONNX, "
+    "measure honestly, serve. Start with: pst quickstart",
+)
+
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the result.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a result that --output already holds.")]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set one option; may be repeated.")]
+Threads = Annotated[int, typer.Option(min=0, help="Processor threads of one inference; 0 = all this process may use.")]
+EngineName = Annotated[str, typer.Option(help="Runtime: auto, onnxruntime, onnxruntime-cuda, torch, torch-cuda.")]
+DataOption = Annotated[
+    str | None,
+    typer.Option("--data", help="glue/TASK, a hub id, a .jsonl/.csv/.tsv/.parquet file, or a folder."),
+]
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+def _list_train_options(asked: bool) -> None:
+    if not asked:
+        return
+    from pst.config import TrainConfig
+    from pst.settings import describe
+
+    for row in describe(TrainConfig):
+        print(f"{row.key} ({row.type}, default {row.default}): {row.help}")
+    raise typer.Exit
+
+
+@app.command(
+    epilog="pst train --model DIR --data reviews.csv --pattern 2:4 --output runs/reviews"
+    "  |  continue an interrupted run: pst train --resume --output runs/reviews"
+)
+def train(
+    output: Output,
+    model: Annotated[str | None, typer.Option(help="Hugging Face folder or hub id to start from.")] = None,
+    data: DataOption = None,
+    method: Annotated[str | None, typer.Option(help="pst (default), magnitude, or dense.")] = None,
+    pattern: Annotated[str | None, typer.Option(help="unstructured (default), N:M such as 2:4, block:RxC.")] = None,
+    sparsity: Annotated[float | None, typer.Option(help="Fraction of zeros, such as 0.9; N:M fixes it.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the training rows; default 3.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps, in place of --epochs.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random; default 0.")] = None,
+    faithful: Annotated[bool, typer.Option("--faithful", help="The published PST to the letter.")] = False,
+    config: Annotated[Path | None, typer.Option(help="YAML file with any of the options.")] = None,
+    sets: Sets = None,
+    list_options: Annotated[
+        bool,
+        typer.Option(
+            "--list-options",
+            is_eager=True,
+            callback=_list_train_options,
+            help="List every option of --set and --config.",
+        ),
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint of --output.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Learn a sparse model: text classification with one or two sentences, and regression.
+
+    Writes OUTPUT/model, a plain Hugging Face folder with zeros in place. Options override each other in this order:
+    defaults, --config, --set, named flags. A run that was stopped goes on with --resume.
+    """
+    from pst.config import TrainConfig
+    from pst.settings import resolve
+
+    flags = {"model": model, "data": data, "method": method, "pattern": pattern, "sparsity": sparsity}
+    flags |= {"epochs": epochs, "steps": steps, "seed": seed, "faithful": faithful or None}
+    stored = output / "config.yaml"
+    if resume and config is None and stored.is_file():
+        config = stored
+    settings = resolve(TrainConfig, file=config, sets=sets or (), flags=flags)
+
+    from pst.train import InterruptedRun
+    from pst.train import train as run
+
+    try:
+        result = run(settings, output, resume=resume, overwrite=overwrite)
+    except InterruptedRun as stop:
+        print(stop, file=sys.stderr)
+        raise typer.Exit(130) from None
+    shown = ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
+    print(f"{result.model}: {shown} ({result.steps} steps, {result.seconds:.0f} s)")
+
+
+@app.command(epilog="pst export runs/reviews --output artifacts/reviews")
+def export(
+    source: Annotated[Path, typer.Argument(help="Run or model folder.")],
+    output: Output,
+    format: Annotated[str, typer.Option(help="onnx.")] = "onnx",  # noqa: A002
+    opset: Annotated[int, typer.Option(help="ONNX operator set; 17 is the newest that TensorRT 8.6 reads.")] = 17,
+    data: DataOption = None,
+    sets: Sets = None,
+    atol: Annotated[float, typer.Option(help="Largest absolute difference from PyTorch.")] = 1e-4,
+    rtol: Annotated[float, typer.Option(help="Largest difference relative to PyTorch, added to --atol.")] = 1e-3,
+    external_data: Annotated[bool, typer.Option("--external-data", help="Weights in a file of their own.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write the ONNX graph of a model, zeros in place, once its pattern and its outputs are proven.
+
+    Outputs are compared with PyTorch on random inputs and on real ones: --data, or the validation rows that the model
+    was trained with. Nothing is written when the pattern does not hold or the outputs differ.
+    """
+    from export.pipeline import export as run
+    from export.real_inputs import real_inputs
+    from pst.files import refuse_existing
+
+    if format != "onnx":
+        raise ConfigError(f"Unknown format {format!r}; use --format onnx.")
+    refuse_existing(output, overwrite=overwrite)
+    examples = real_inputs(source, _data_spec(data, sets))
+    manifest = run(
+        source,
+        output,
+        opset=opset,
+        examples=examples,
+        overwrite=overwrite,
+        external_data=external_data,
+        atol=atol,
+        rtol=rtol,
+    )
+    print(f"{output}: {manifest.pattern}, {manifest.sparsity['measured']:.1%} zeros, opset {manifest.opset}")
+
+
+def _data_spec(data: str | None, sets: Sequence[str] | None) -> Any:
+    """A DataSpec from --data and --set, or None without --data."""
+    from pst.data import DataSpec
+    from pst.settings import resolve
+
+    if data is None and not sets:
+        return None
+    return resolve(DataSpec, sets=sets or (), flags={"data": data})
+
+
+@app.command(name="eval", epilog="pst eval artifacts/reviews --data reviews.csv --predictions rows.jsonl")
+def evaluate(
+    path: Annotated[Path, typer.Argument(help="Run, model or artifact folder.")],
+    data: Annotated[str, typer.Option(help="A file (used whole), a folder or hub id (its validation rows).")],
+    sets: Sets = None,
+    engine: EngineName = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows an inference.")] = 32,
+    threads: Threads = 0,
+    predictions: Annotated[
+        Path | None,
+        typer.Option(help="Write label, prediction and scores of each row to this .jsonl file."),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure a model's quality with its task's metric, in PyTorch or ONNX Runtime.
+
+    The keys of --set are text_columns, label_column, validation, validation_fraction and limit.
+    """
+    from serve.evaluate import evaluate as run
+
+    result = run(
+        path,
+        _data_spec(data, sets),
+        engine=engine,
+        batch_size=batch_size,
+        predictions=predictions,
+        threads=threads,
+    )
+    print(_json(result.to_json()) if json else result.render())
+
+
+@app.command(epilog="pst bench artifacts/dense artifacts/sparse --shapes 1x32,8x128 --output reports/reviews")
+def bench(
+    artifacts: Annotated[list[Path], typer.Argument(help="Artifacts; the first is the baseline of the ratios.")],
+    output: Output,
+    shapes: Annotated[str, typer.Option(help="Batch x tokens, separated by commas.")] = "1x32,1x128,8x128",
+    runs: Annotated[int, typer.Option(min=1, help="Timed inferences of each artifact at each shape.")] = 100,
+    warmup: Annotated[int, typer.Option(min=0, help="Untimed inferences before them.")] = 10,
+    budget: Annotated[float, typer.Option(min=0.1, help="Most seconds for all shapes together.")] = 120.0,
+    threads: Threads = 0,
+    engine: EngineName = "auto",
+    data: DataOption = None,
+    sets: Sets = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Measure latency, several artifacts in turn in one process: p50, p90, p99, mean, throughput, and the ratio.
+
+    Writes report.json and report.md. With --data, real texts are measured too, and the accuracy stands beside.
+    """
+    from serve.bench.runner import bench as run
+    from serve.bench.workload import parse_shapes
+
+    report = run(
+        artifacts,
+        shapes=parse_shapes(shapes),
+        output=output,
+        threads=threads,
+        warmup=warmup,
+        runs=runs,
+        data=_data_spec(data, sets),
+        command=shlex.join(["pst", *sys.argv[1:]]),
+        engine=engine,
+        budget_s=budget,
+        overwrite=overwrite,
+    )
+    print(report.render())
+
+
+@app.command(epilog="pst inspect model.onnx")
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Model folder, artifact, .safetensors or .onnx file, anyone's.")],
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say where the zeros are: per weight its shape, axis and density, and which patterns hold."""
+    from export.inspect import inspect as run
+
+    inspection = run(path)
+    print(_json(inspection.to_json()) if json else inspection.render())
+
+
+@app.command(epilog="pst serve artifacts/reviews --port 8000")
+def serve(
+    artifact: Annotated[Path, typer.Argument(help="Artifact folder.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
+    threads: Threads = 0,
+    engine: EngineName = "auto",
+    max_batch_size: Annotated[int, typer.Option(min=1, help="Texts an inference.")] = 16,
+    max_queue_delay_ms: Annotated[float, typer.Option(min=0, help="Milliseconds a text waits for others.")] = 1.0,
+    max_queue_size: Annotated[int, typer.Option(min=1, help="Texts that wait before 503 is answered.")] = 512,
+) -> None:
+    """Serve an artifact over HTTP: POST /v1/classify {"text": "..."}, GET /v2/health/ready. Stops on Ctrl-C."""
+    from serve.http.server import serve as run
+
+    run(
+        artifact,
+        host=host,
+        port=port,
+        threads=threads,
+        max_batch_size=max_batch_size,
+        max_queue_delay_ms=max_queue_delay_ms,
+        max_queue_size=max_queue_size,
+        engine=engine,
+    )
+
+
+@app.command()
+def quickstart(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for everything it makes.")] = Path(
+        "runs/quickstart"
+    ),
+    fresh: Annotated[bool, typer.Option("--fresh", help="Train again, even if --output holds trained models.")] = False,
+    sparsity: Annotated[float, typer.Option(help="Fraction of zeros of the sparse model.")] = 0.7,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of each model.")] = 400,
+) -> None:
+    """The whole pipeline on a real model and real film reviews: a dense and a sparse MiniLM, side by side.
+
+    Trains both, exports them, proves and measures them, starts the server and asks it one question. Minutes on two
+    processor cores. Models that are trained already are kept.
+    """
+    from serve.quickstart import quickstart as run
+
+    print(run(output, fresh=fresh, sparsity=sparsity, steps=steps))
+
+
+def _json(value: object) -> str:
+    import json
+
+    return json.dumps(value, indent=2, ensure_ascii=False)
+
+
+def main() -> None:
+    """Entry point of ``pst``: user errors become one sentence on stderr and exit code 2."""
+    try:
+        app()
+    except PSTError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of stdout has gone
+        sys.stderr.close()
+        sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()
