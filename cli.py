@@ -3,6 +3,8 @@
 Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 2 something the user can mend, 130 interrupted.
 """
 
+import io
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -12,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from pst import __version__
-from pst.errors import ConfigError, PSTError
+from pst.errors import ConfigError, PSTError, StorageError
 
 app = typer.Typer(
     name="pst",
@@ -25,11 +27,20 @@ app = typer.Typer(
     "measure honestly, serve. Start with: pst quickstart",
 )
 
-Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the result.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder for the result; must not hold one already.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a result that --output already holds.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set one option; may be repeated.")]
+DataSets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="How to read --data: text_columns, label_column, validation, validation_fraction or limit; "
+        "may be repeated.",
+    ),
+]
 Threads = Annotated[int, typer.Option(min=0, help="Processor threads of one inference; 0 = all this process may use.")]
-EngineName = Annotated[str, typer.Option(help="Runtime: auto, onnxruntime, onnxruntime-cuda, torch, torch-cuda.")]
+EngineName = Annotated[str, typer.Option(help="Runtime: auto, onnxruntime, onnxruntime-cuda, torch or torch-cuda.")]
 DataOption = Annotated[
     str | None,
     typer.Option("--data", help="glue/TASK, a hub id, a .jsonl/.csv/.tsv/.parquet file, or a folder."),
@@ -39,7 +50,7 @@ DataOption = Annotated[
 @app.callback(invoke_without_command=True)
 def _version(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
     if version:
-        print(__version__)
+        _show(__version__)
         raise typer.Exit
 
 
@@ -49,27 +60,32 @@ def _list_train_options(asked: bool) -> None:
     from pst.config import TrainConfig
     from pst.settings import describe
 
-    for row in describe(TrainConfig):
-        print(f"{row.key} ({row.type}, default {row.default}): {row.help}")
+    _show("\n".join(f"{row.key} ({row.type}, default {row.default}): {row.help}" for row in describe(TrainConfig)))
     raise typer.Exit
 
 
 @app.command(
-    epilog="pst train --model DIR --data reviews.csv --pattern 2:4 --output runs/reviews"
-    "  |  continue an interrupted run: pst train --resume --output runs/reviews"
+    short_help="Learn a sparse model from labelled text.",
+    epilog="Example: pst train --model DIR --data reviews.csv --pattern 2:4 --output runs/reviews",
 )
 def train(
     output: Output,
     model: Annotated[str | None, typer.Option(help="Hugging Face folder or hub id to start from.")] = None,
     data: DataOption = None,
     method: Annotated[str | None, typer.Option(help="pst (default), magnitude, or dense.")] = None,
-    pattern: Annotated[str | None, typer.Option(help="unstructured (default), N:M such as 2:4, block:RxC.")] = None,
-    sparsity: Annotated[float | None, typer.Option(help="Fraction of zeros, such as 0.9; N:M fixes it.")] = None,
+    pattern: Annotated[str | None, typer.Option(help="unstructured (default), N:M such as 2:4, or block:RxC.")] = None,
+    sparsity: Annotated[
+        float | None, typer.Option(help="Fraction of zeros from 0 to below 1, such as 0.9; N:M fixes it.")
+    ] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the training rows; default 3.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps, in place of --epochs.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random; default 0.")] = None,
-    faithful: Annotated[bool, typer.Option("--faithful", help="The published PST to the letter.")] = False,
-    config: Annotated[Path | None, typer.Option(help="YAML file with any of the options.")] = None,
+    faithful: Annotated[
+        bool, typer.Option("--faithful", help="The published PST to the letter, frozen random head included.")
+    ] = False,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file with any of the options that --list-options names.")
+    ] = None,
     sets: Sets = None,
     list_options: Annotated[
         bool,
@@ -86,7 +102,7 @@ def train(
     """Learn a sparse model: text classification with one or two sentences, and regression.
 
     Writes OUTPUT/model, a plain Hugging Face folder with zeros in place. Options override each other in this order:
-    defaults, --config, --set, named flags. A run that was stopped goes on with --resume.
+    defaults, --config, --set, named flags. A run that was stopped goes on with --resume, which needs --output alone.
     """
     from pst.config import TrainConfig
     from pst.settings import resolve
@@ -107,20 +123,25 @@ def train(
         print(stop, file=sys.stderr)
         raise typer.Exit(130) from None
     shown = ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
-    print(f"{result.model}: {shown} ({result.steps} steps, {result.seconds:.0f} s)")
+    _show(f"{result.model}: {shown} ({result.steps} steps, {result.seconds:.0f} s)")
 
 
-@app.command(epilog="pst export runs/reviews --output artifacts/reviews")
+@app.command(
+    short_help="Write a model as ONNX, proven against PyTorch.",
+    epilog="Example: pst export runs/reviews --output artifacts/reviews",
+)
 def export(
     source: Annotated[Path, typer.Argument(help="Run or model folder.")],
     output: Output,
-    format: Annotated[str, typer.Option(help="onnx.")] = "onnx",  # noqa: A002
+    format: Annotated[str, typer.Option(help="Format of the artifact: onnx.")] = "onnx",  # noqa: A002
     opset: Annotated[int, typer.Option(help="ONNX operator set; 17 is the newest that TensorRT 8.6 reads.")] = 17,
     data: DataOption = None,
-    sets: Sets = None,
+    sets: DataSets = None,
     atol: Annotated[float, typer.Option(help="Largest absolute difference from PyTorch.")] = 1e-4,
     rtol: Annotated[float, typer.Option(help="Largest difference relative to PyTorch, added to --atol.")] = 1e-3,
-    external_data: Annotated[bool, typer.Option("--external-data", help="Weights in a file of their own.")] = False,
+    external_data: Annotated[
+        bool, typer.Option("--external-data", help="Keep the weights in a file beside model.onnx.")
+    ] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Write the ONNX graph of a model, zeros in place, once its pattern and its outputs are proven.
@@ -128,13 +149,13 @@ def export(
     Outputs are compared with PyTorch on random inputs and on real ones: --data, or the validation rows that the model
     was trained with. Nothing is written when the pattern does not hold or the outputs differ.
     """
+    from export.pipeline import check_options
     from export.pipeline import export as run
     from export.real_inputs import real_inputs
-    from pst.files import refuse_existing
 
     if format != "onnx":
         raise ConfigError(f"Unknown format {format!r}; use --format onnx.")
-    refuse_existing(output, overwrite=overwrite)
+    check_options(output, opset=opset, overwrite=overwrite, atol=atol, rtol=rtol)
     examples = real_inputs(source, _data_spec(data, sets))
     manifest = run(
         source,
@@ -146,7 +167,7 @@ def export(
         atol=atol,
         rtol=rtol,
     )
-    print(f"{output}: {manifest.pattern}, {manifest.sparsity['measured']:.1%} zeros, opset {manifest.opset}")
+    _show(f"{output}: {manifest.pattern}, {manifest.sparsity['measured']:.1%} zeros, opset {manifest.opset}")
 
 
 def _data_spec(data: str | None, sets: Sequence[str] | None) -> Any:
@@ -159,13 +180,17 @@ def _data_spec(data: str | None, sets: Sequence[str] | None) -> Any:
     return resolve(DataSpec, sets=sets or (), flags={"data": data})
 
 
-@app.command(name="eval", epilog="pst eval artifacts/reviews --data reviews.csv --predictions rows.jsonl")
+@app.command(
+    name="eval",
+    short_help="Measure a model's quality.",
+    epilog="Example: pst eval artifacts/reviews --data reviews.csv --predictions rows.jsonl",
+)
 def evaluate(
     path: Annotated[Path, typer.Argument(help="Run, model or artifact folder.")],
     data: Annotated[str, typer.Option(help="A file (used whole), a folder or hub id (its validation rows).")],
-    sets: Sets = None,
+    sets: DataSets = None,
     engine: EngineName = "auto",
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows an inference.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per inference.")] = 32,
     threads: Threads = 0,
     predictions: Annotated[
         Path | None,
@@ -173,10 +198,7 @@ def evaluate(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Measure a model's quality with its task's metric, in PyTorch or ONNX Runtime.
-
-    The keys of --set are text_columns, label_column, validation, validation_fraction and limit.
-    """
+    """Measure a model's quality with its task's metric, in PyTorch or ONNX Runtime."""
     from serve.evaluate import evaluate as run
 
     result = run(
@@ -187,21 +209,24 @@ def evaluate(
         predictions=predictions,
         threads=threads,
     )
-    print(_json(result.to_json()) if json else result.render())
+    _show(_json(result.to_json()) if json else result.render())
 
 
-@app.command(epilog="pst bench artifacts/dense artifacts/sparse --shapes 1x32,8x128 --output reports/reviews")
+@app.command(
+    short_help="Compare latencies, several artifacts in turn.",
+    epilog="Example: pst bench artifacts/dense artifacts/sparse --shapes 1x32,8x128 --output reports/reviews",
+)
 def bench(
     artifacts: Annotated[list[Path], typer.Argument(help="Artifacts; the first is the baseline of the ratios.")],
     output: Output,
     shapes: Annotated[str, typer.Option(help="Batch x tokens, separated by commas.")] = "1x32,1x128,8x128",
     runs: Annotated[int, typer.Option(min=1, help="Timed inferences of each artifact at each shape.")] = 100,
-    warmup: Annotated[int, typer.Option(min=0, help="Untimed inferences before them.")] = 10,
+    warmup: Annotated[int, typer.Option(min=1, help="Untimed inferences before them.")] = 10,
     budget: Annotated[float, typer.Option(min=0.1, help="Most seconds for all shapes together.")] = 120.0,
     threads: Threads = 0,
     engine: EngineName = "auto",
     data: DataOption = None,
-    sets: Sets = None,
+    sets: DataSets = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Measure latency, several artifacts in turn in one process: p50, p90, p99, mean, throughput, and the ratio.
@@ -224,10 +249,10 @@ def bench(
         budget_s=budget,
         overwrite=overwrite,
     )
-    print(report.render())
+    _show(report.render())
 
 
-@app.command(epilog="pst inspect model.onnx")
+@app.command(short_help="Say where the zeros of any model are.", epilog="Example: pst inspect model.onnx")
 def inspect(
     path: Annotated[Path, typer.Argument(help="Model folder, artifact, .safetensors or .onnx file, anyone's.")],
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -236,19 +261,24 @@ def inspect(
     from export.inspect import inspect as run
 
     inspection = run(path)
-    print(_json(inspection.to_json()) if json else inspection.render())
+    _show(_json(inspection.to_json()) if json else inspection.render())
 
 
-@app.command(epilog="pst serve artifacts/reviews --port 8000")
+@app.command(
+    short_help="Answer texts over HTTP.",
+    epilog="Example: pst serve artifacts/reviews --port 8000",
+)
 def serve(
     artifact: Annotated[Path, typer.Argument(help="Artifact folder.")],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
     threads: Threads = 0,
     engine: EngineName = "auto",
-    max_batch_size: Annotated[int, typer.Option(min=1, help="Texts an inference.")] = 16,
-    max_queue_delay_ms: Annotated[float, typer.Option(min=0, help="Milliseconds a text waits for others.")] = 1.0,
-    max_queue_size: Annotated[int, typer.Option(min=1, help="Texts that wait before 503 is answered.")] = 512,
+    max_batch_size: Annotated[int, typer.Option(min=1, help="Most texts per inference.")] = 16,
+    max_queue_delay_ms: Annotated[
+        float, typer.Option(min=0, help="Most milliseconds that a text waits for others.")
+    ] = 1.0,
+    max_queue_size: Annotated[int, typer.Option(min=1, help="Most texts that wait; then 503 is answered.")] = 512,
 ) -> None:
     """Serve an artifact over HTTP: POST /v1/classify {"text": "..."}, GET /v2/health/ready. Stops on Ctrl-C."""
     from serve.http.server import serve as run
@@ -265,14 +295,17 @@ def serve(
     )
 
 
-@app.command()
+@app.command(
+    short_help="All of it on a real model and real reviews.",
+    epilog="Example: pst quickstart --sparsity 0.7",
+)
 def quickstart(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for everything it makes.")] = Path(
         "runs/quickstart"
     ),
     fresh: Annotated[bool, typer.Option("--fresh", help="Train again, even if --output holds trained models.")] = False,
     sparsity: Annotated[float, typer.Option(help="Fraction of zeros of the sparse model.")] = 0.7,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of each model.")] = 400,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of each model.")] = 350,
 ) -> None:
     """The whole pipeline on a real model and real film reviews: a dense and a sparse MiniLM, side by side.
 
@@ -281,27 +314,38 @@ def quickstart(
     """
     from serve.quickstart import quickstart as run
 
-    print(run(output, fresh=fresh, sparsity=sparsity, steps=steps))
+    _show(run(output, fresh=fresh, sparsity=sparsity, steps=steps))
 
 
 def _json(value: object) -> str:
     import json
 
-    return json.dumps(value, indent=2, ensure_ascii=False)
+    return json.dumps(value, indent=2)
+
+
+def _show(text: str) -> None:
+    """Print a result. That its reader has gone (``| head``) is no error; that it cannot be written (``> FILE``) is."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        # What is left in the buffer would fail again when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            raise StorageError(f"The output cannot be written: {error.strerror}. Send it elsewhere.") from error
 
 
 def main() -> None:
     """Entry point of ``pst``: user errors become one sentence on stderr and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 still gets its table
     try:
-        app()
+        app(prog_name="pst")
     except PSTError as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader of stdout has gone
-        sys.stderr.close()
-        sys.exit(0)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pst.files import read_json, sha256, write_json
 SCHEMA_VERSION = 1
 FILE_NAME = "export.json"
 MODEL_NAME = "model.onnx"
-_REMEDY = "give a folder that pst export wrote."
+_REMEDY = "give a folder that pst export wrote, or export again."
 _AGAIN = "copy the artifact again, or export again."
 
 

@@ -109,7 +109,8 @@ def _compare(source: Source, case: Case, expected: Array, actual: Array, *, atol
     if not (difference <= allowed).all():  # also true of NaN
         raise ArtifactError(
             f"ONNX Runtime differs from PyTorch by {float(difference.max()):.3g} {where}, beyond the tolerance of "
-            f"{atol:g} + {rtol:g} * |PyTorch|; nothing was written. Try another --opset."
+            f"{atol:g} + {rtol:g} * |PyTorch|; nothing was written. Try another --opset, "
+            "or allow more with --atol and --rtol."
         )
     if source.task == "regression":
         return np.ones(len(expected), dtype=bool)

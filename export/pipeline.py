@@ -1,6 +1,7 @@
 """pst export: from a run or model folder to an artifact folder, written only once everything about it was proved."""
 
 import importlib.metadata
+import math
 import os
 import re
 import shutil
@@ -47,15 +48,20 @@ def export(
     Nothing is written unless the pattern holds and the outputs agree.
     Raises ConfigError, ModelError, ArtifactError, RunError and StorageError.
     """
-    check_opset(opset)
-    if not (atol >= 0 and rtol >= 0):
-        raise ConfigError(f"Tolerances are 0 or more; atol {atol:g} and rtol {rtol:g} were given.")
-    refuse_existing(output, overwrite=overwrite)
+    check_options(output, opset=opset, overwrite=overwrite, atol=atol, rtol=rtol)
     with progress("Exporting", total=_STEPS) as advance:
         return _export(
             source, output, advance, opset=opset, examples=examples, overwrite=overwrite, external_data=external_data,
             atol=atol, rtol=rtol,
         )  # fmt: skip
+
+
+def check_options(output: Path, *, opset: int, overwrite: bool, atol: float, rtol: float) -> None:
+    """Raise what export raises for options that no model could be exported with, before any work is done."""
+    check_opset(opset)
+    if not (0 <= atol < math.inf and 0 <= rtol < math.inf):
+        raise ConfigError(f"--atol is {atol:g} and --rtol {rtol:g}; each must be a finite number of at least 0.")
+    refuse_existing(output, overwrite=overwrite)
 
 
 def _export(

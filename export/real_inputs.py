@@ -21,7 +21,10 @@ def real_inputs(source: Path, spec: DataSpec | None) -> Examples | None:
     if not report_file.is_file():
         return None
     report = read_json(report_file, ArtifactError, "train the model again, or remove that file.")
-    recorded = report.get("config", {})
+    recorded = report.get("config")
+    if not isinstance(recorded, dict) or not recorded.get("data"):
+        note(f"{report_file} does not say what the model was trained on; comparing on built-in sentences.")
+        return None
     try:
         known = {name: recorded[name] for name in DataSpec.__dataclass_fields__ if name in recorded}
         known["text_columns"] = tuple(known.get("text_columns", ()))

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from export.quiet import quiet_transformers
 from export.tensors import read_model_tensors
 from pst.errors import ModelError
 from pst.files import read_json, resolve_model
+from pst.quiet import quiet_transformers
 
 Array = np.ndarray[Any, Any]
 SPARSITY_FILE = "sparsity.json"

@@ -1,11 +1,13 @@
 """Everything that decides a training run, in one frozen record: the fields of config.yaml and of ``--set``."""
 
 import importlib
+import math
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from pst.errors import ConfigError
 from pst.patterns import check_sparsity, parse_pattern
+from pst.schedule import CubicSchedule
 from pst.settings import field
 
 
@@ -68,17 +70,20 @@ class TrainConfig:
             "limit": 0,
             "eval_every": 0,
             "checkpoint_every": 0,
-            "weight_decay": 0,
         }
-        at_least |= {"max_grad_norm": 0, "r1": 1, "r2": 1, "max_length": 3, "seed": 0}
+        at_least |= {"r1": 1, "r2": 1, "max_length": 3, "seed": 0}
         for name, lowest in at_least.items():
             value = getattr(self, name)
             if value is not None and value < lowest:
                 raise ConfigError(f"{name} is {value}; it must be at least {lowest}.")
-        for name in ("epochs", "lr", "lr_update", "lr_scores"):
+        for name in ("epochs", "lr", "lr_update", "lr_scores", "weight_decay", "max_grad_norm"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
                 raise ConfigError(f"{name} is {value:g}; it must be a finite number of at least 0.")
+        if self.lr_warmup is not None and not 0 <= self.lr_warmup <= 1:
+            raise ConfigError(f"lr_warmup is {self.lr_warmup:g}; it is a fraction of the steps, from 0 to 1.")
+        if not math.isfinite(self.beta):
+            raise ConfigError(f"beta is {self.beta:g}; it must be a finite number.")
         if self.device not in ("auto", "cpu") and not self.device.startswith("cuda"):
             raise ConfigError(f"device is {self.device!r}; use auto, cpu, or cuda.")
         if not 0 < self.validation_fraction < 1:
@@ -87,8 +92,8 @@ class TrainConfig:
     def filled(self) -> "TrainConfig":
         """The same with every None replaced by the default of its method, and the sparsity that its pattern fixes.
 
-        Raises ConfigError for an unknown method or a missing model, data or sparsity, PatternError for a pattern that
-        is unknown or contradicts the sparsity.
+        Raises ConfigError for an unknown method, a missing model, data or sparsity, a sparsity that contradicts the
+        pattern, or a schedule that leads nowhere; PatternError for an unknown pattern.
         """
         from pst.methods import names
 
@@ -116,7 +121,16 @@ class TrainConfig:
                 f"Pattern {self.pattern} has sparsity {fixed:g}, but {self.sparsity:g} was asked for; "
                 "leave --sparsity out."
             )
-        return {"sparsity": self.sparsity if fixed is None else fixed}
+        final = self.sparsity if fixed is None else fixed
+        assert final is not None
+        CubicSchedule(  # raises for what no run could use; a start above the end is a start at the end
+            initial=min(self.sparsity_initial, final),
+            final=final,
+            steps=1,
+            warmup=self.sparsity_warmup,
+            cooldown=self.sparsity_cooldown,
+        )
+        return {"sparsity": final}
 
 
 COMMON = {

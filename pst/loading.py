@@ -9,24 +9,17 @@ from torch import nn
 
 from pst.data import Examples, align_labels
 from pst.errors import ModelError
+from pst.quiet import quiet_transformers
 
 DEFAULT_MAX_LENGTH = 128
 VOCABULARY_FILES = ("tokenizer.json", "vocab.*", "merges.txt", "*.model")
 
 
-def quiet_transformers() -> None:
-    """Keep transformers' own bars and load reports off the terminal; our errors say what matters."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
+@quiet_transformers()
 def load_config(source: str) -> Any:
     """The transformers configuration of *source*. Raises ModelError where there is none."""
     from transformers import AutoConfig
 
-    quiet_transformers()
     if _looks_local(source) and not (Path(source) / "config.json").is_file():
         what = "has no config.json" if Path(source).is_dir() else "does not exist"
         raise ModelError(f"{source} {what}; --model wants a Hugging Face folder or a hub id such as bert-base-uncased.")
@@ -51,6 +44,7 @@ def _first_line(error: BaseException) -> str:
     return text if text.endswith((".", "!", "?")) else text + "."
 
 
+@quiet_transformers()
 def load_tokenizer(source: str) -> Any:
     """The fast tokenizer of *source*. Raises ModelError where there is none."""
     from transformers import AutoTokenizer
@@ -89,6 +83,7 @@ def settle_max_length(asked: int | None, config: Any, *, source: str) -> int:
     return asked
 
 
+@quiet_transformers()
 def load_classifier(
     source: str, config: Any, train: Examples, validation: Examples
 ) -> tuple[nn.Module, Examples, Examples]:

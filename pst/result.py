@@ -6,7 +6,7 @@ import platform
 import subprocess
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from torch import nn
 from pst import __version__
 from pst.config import TrainConfig
 from pst.files import atomic_folder, write_json
+from pst.quiet import quiet_transformers
 from pst.sparsify import prunable_weights
 
 SCHEMA_VERSION = 1
@@ -64,8 +65,8 @@ def save_model(
     tokenizer.model_max_length = max_length
     tokenizer.backend_tokenizer.no_truncation()  # otherwise the last call's settings end up in tokenizer.json
     tokenizer.backend_tokenizer.no_padding()
-    with atomic_folder(folder, overwrite=True) as partial:
-        model.save_pretrained(partial)
+    with quiet_transformers(), atomic_folder(folder, overwrite=True) as partial:
+        cast(Any, model).save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         write_json(partial / "sparsity.json", report)
 
@@ -87,9 +88,10 @@ def versions() -> dict[str, str]:
 
 
 def git_revision() -> str | None:
-    """The commit this code is checked out at, or None outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    """The commit this code is checked out at, or None outside a checkout, in somebody else's repository too."""
+    git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], capture_output=True, check=True)
+        return subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None

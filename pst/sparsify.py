@@ -122,15 +122,22 @@ def masked_weights(model: nn.Module) -> Iterator[tuple[nn.Module, MaskedWeight |
 def set_sparsity_(model: nn.Module, sparsity: float) -> None:
     """Choose every mask of *model* anew from the present scores, with *sparsity* of its entries False.
 
-    The count is exact in each matrix: see the pattern. Raises ModelError where the model has no mask, PatternError
-    where the sparsity is outside the pattern's range.
+    The count is exact in each matrix: see the pattern. Raises ModelError where the model has no mask or its scores are
+    not finite, PatternError where the sparsity is outside the pattern's range.
     """
     check_sparsity(sparsity)
     pattern: Pattern | None = getattr(model, _PATTERN, None)
     if pattern is None:
         raise ModelError("The model has no masks; call sparsify_ first.")
     for module, attached in masked_weights(model):
-        attached.update_mask_(cast(Any, module).parametrizations.weight.original, pattern, sparsity)
+        try:
+            attached.update_mask_(cast(Any, module).parametrizations.weight.original, pattern, sparsity)
+        except ValueError as error:
+            name = next(name for name, other in model.named_modules() if other is module)
+            raise ModelError(
+                f"The scores of {name}.weight hold NaN or infinity: training diverged, or the model came so. "
+                "Use a lower learning rate (lr, lr_update, lr_scores), or another model."
+            ) from error
 
 
 def merge_(model: nn.Module) -> None:

@@ -212,7 +212,7 @@ def _readable(path: Path) -> Iterator[None]:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise StorageError(
                 f"No space is left in {tempfile.gettempdir()} to read {path}; free some, or set TMPDIR elsewhere."
             ) from error

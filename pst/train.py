@@ -23,7 +23,7 @@ from torch import nn
 from pst import checkpoint, data, methods
 from pst.batches import Encoded, encode, training_batches
 from pst.config import TrainConfig
-from pst.errors import ConfigError, RunError
+from pst.errors import ConfigError, ModelError, RunError
 from pst.evaluate import evaluate
 from pst.files import atomic_file, read_json, refuse_existing, remove, storage_errors
 from pst.loading import load_classifier, load_config, load_tokenizer, require_vocabulary, settle_max_length
@@ -124,7 +124,7 @@ def train(
     def choose_masks(step: int, sparsity: float) -> None:
         try:
             set_sparsity_(model, sparsity)
-        except ValueError as error:  # scores that are not finite
+        except ModelError as error:  # scores that are not finite
             raise _diverged(step, output) from error
 
     def save_checkpoint(step: int) -> None:
@@ -304,7 +304,7 @@ def _describe(examples: data.Examples) -> dict[str, Any]:
 
 
 def _require_same(stored: dict[str, Any], now: dict[str, Any], output: Path) -> None:
-    different = sorted(name for name in stored.keys() | now.keys() if stored.get(name) != now.get(name))
+    different = [name for name in {**stored, **now} if stored.get(name) != now.get(name)]
     if different:
         shown = ", ".join(f"{name} was {stored.get(name)!r}, now {now.get(name)!r}" for name in different[:4])
         raise RunError(

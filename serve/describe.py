@@ -51,7 +51,7 @@ class ModelFolder:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    return read_json(folder / "config.json", ModelError, "give a run, model or artifact folder.")
+    return read_json(folder / "config.json", ModelError, "give a run, model or artifact folder, or copy it again.")
 
 
 def max_positions(folder: Path) -> int | None:

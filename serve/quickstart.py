@@ -23,8 +23,8 @@ from serve.sample import model_folder, write_reviews
 QUESTION = "A quietly devastating film, beautifully acted and impossible to forget."
 MAX_LENGTH = 64
 """Tokens a review keeps; one in a thousand is longer."""
-MASK_EVERY = 4
-"""Training steps between two choices of the masks: choosing them takes a fifth of a step on two processor cores."""
+RECIPE = ("mask_every=4", "sparsity_initial=0.5", "sparsity_warmup=0", "sparsity_cooldown=0.7", "lr=1e-3")
+"""Options for going sparse from a fine-tuned parent in few steps on a processor; LOG.md has the experiments."""
 SHAPES = "1x32,8x64"
 
 
@@ -52,9 +52,10 @@ def quickstart(output: Path, *, fresh: bool, sparsity: float, steps: int) -> str
             shutil.rmtree(output / name, ignore_errors=True)
     common = ["--data", str(data), "--steps", str(steps), "--resume", "--set", f"max_length={MAX_LENGTH}"]
     _pst("train", "--model", str(base), "--method", "dense", *common, "--output", str(output / "dense"))
+    recipe = [word for option in RECIPE for word in ("--set", option)]
     _pst(
         "train", "--model", str(output / "dense" / "model"), "--sparsity", str(sparsity),
-        *common, "--set", f"mask_every={MASK_EVERY}", "--output", str(output / "sparse"),
+        *common, *recipe, "--output", str(output / "sparse"),
     )  # fmt: skip
     artifacts = [output / "artifacts" / name for name in ("dense", "sparse")]
     for artifact in artifacts:

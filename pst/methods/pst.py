@@ -64,8 +64,13 @@ class PST:
 
 
 def _head_prefixes(model: nn.Module) -> tuple[str, ...]:
-    """Names of what a Hugging Face model puts on top of its base: classifier, score, and BERT's pooler before it."""
+    """Names of what a Hugging Face model puts on top of its base: classifier, score, and BERT's pooler before it.
+
+    In a model that is not of that kind every child counts: what is not pruned there trains.
+    """
     base = str(getattr(model, "base_model_prefix", ""))
+    if base and base not in dict(model.named_children()):  # a base by itself, whose embeddings are no head
+        return ("pooler.",)
     tops = tuple(f"{name}." for name, _ in model.named_children() if name != base)
     return (*tops, f"{base}.pooler.")
 

@@ -81,7 +81,8 @@ def _describe(path: Path) -> ModelFolder | None:
     """None for a bare .onnx file, of which nothing but its inputs is known."""
     if not path.exists():
         raise ArtifactError(f"{path} does not exist; give artifact folders that pst export wrote, or .onnx files.")
-    if path.is_file() or (not (path / "config.json").is_file() and (path / "model.onnx").is_file()):
+    described = any((path / name).is_file() for name in ("config.json", "export.json"))
+    if path.is_file() or (not described and (path / "model.onnx").is_file()):
         return None
     return describe(path, verify=True)
 

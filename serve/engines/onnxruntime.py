@@ -6,6 +6,7 @@ GPU where the installed package has the provider and it starts.
 
 import importlib
 import importlib.metadata
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -139,11 +140,13 @@ def _open_session(runtime: Any, file: Path, options: Any, providers: list[str]) 
     try:
         return runtime.InferenceSession(str(file), options, providers=providers)
     except Exception as error:  # the runtime's exceptions have no common base but this
-        kind, reason = type(error).__name__, _first_line(error)
+        kind, reason = type(error).__name__, _first_line(error).rpartition(" failed:")[2]
         if any(words in str(error).lower() for words in ("external data", "external initializer", "model_path")):
+            named = re.search(r'"([^"]+)"', str(error))
+            other = f" ({Path(named[1]).name})" if named else ""
             raise ArtifactError(
-                f"{file} keeps weights in a second file that is missing or damaged ({reason}); "
-                "copy the whole folder, or export again."
+                f"{file} keeps weights in a second file{other} that is missing or damaged; "
+                "copy the whole folder again, or export again."
             ) from error
         if kind in ("InvalidProtobuf", "InvalidGraph", "NoSuchFile", "NoModel") or "No graph was found" in str(error):
             raise ArtifactError(f"{file} is not a whole ONNX model ({reason}); export it again.") from error

@@ -90,11 +90,23 @@ def _load_model(torch: Any, transformers: Any, folder: Path) -> Any:
     transformers.utils.logging.disable_progress_bar()
     try:
         model, loading = transformers.AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            folder,
+            dtype=torch.float32,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, in words of our own
         )
     except Exception as error:  # damaged weights surface as OSError, ValueError, RuntimeError or safetensors' own
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"{folder} cannot be opened as a classifier: {reason}") from error
+        raise ModelError(
+            f"{folder} cannot be opened as a classifier ({reason.rstrip('.')}); copy or train it again."
+        ) from error
+    if loading["mismatched_keys"]:
+        name, stored, wanted = sorted(loading["mismatched_keys"])[0]
+        raise ModelError(
+            f"{folder} mixes two models: {name} is {list(stored)} in its weights, {list(wanted)} by its config.json; "
+            "copy the whole folder again, or train again."
+        )
     if loading["missing_keys"]:
         name = sorted(loading["missing_keys"])[0]
         raise ModelError(f"{folder} holds no trained classifier: {name} is missing. Train it with pst train first.")

@@ -307,4 +307,4 @@ def test_opset_that_cannot_be_written(tiny_bert: Path, tmp_path: Path, opset: in
 
 
 def test_negative_tolerance(tiny_bert: Path, tmp_path: Path) -> None:
-    refused(tiny_bert, tmp_path / "out", ConfigError, "Tolerances are 0 or more", atol=float("nan"))
+    refused(tiny_bert, tmp_path / "out", ConfigError, "each must be a finite number of at least 0", atol=float("nan"))

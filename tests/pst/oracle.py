@@ -1,12 +1,12 @@
 """PST's equations written out literally in torch, for autograd to differentiate: what the product is compared with.
 
-    W = W0 + beta U V
-    S = |W| + alpha1 A B + alpha2 (R 1' + 1 C')
-    M = the entries of highest S, made differentiable by M + (S - S.detach())
-    Y = X (M * W)' + b
+W = W0 + beta U V
+S = |W| + alpha1 A B + alpha2 (R 1' + 1 C')
+M = the entries of highest S, made differentiable by M + (S - S.detach())
+Y = X (M * W)' + b
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ class OracleLinear(nn.Module):
         self,
         W0: Tensor,
         bias: Tensor,
-        tensors: dict[str, Tensor],
+        tensors: Mapping[str, Tensor],
         *,
         keep: Keep,
         alpha1: float,
@@ -50,7 +50,9 @@ class OracleLinear(nn.Module):
         """For W0 (n, k), bias (n) and U (n, r2), V (r2, k), A (n, r1), B (r1, k), R (n), C (k), which are copied."""
         super().__init__()
         self.W0, self.bias = nn.Parameter(W0.detach().clone()), nn.Parameter(bias.detach().clone())
-        self.U, self.V, self.A, self.B, self.R, self.C = (nn.Parameter(tensors[name].detach().clone()) for name in NAMES)
+        self.U, self.V, self.A, self.B, self.R, self.C = (
+            nn.Parameter(tensors[name].detach().clone()) for name in NAMES
+        )
         self.keep = keep
         self.alpha1, self.alpha2, self.beta, self.magnitude_gradient = alpha1, alpha2, beta, magnitude_gradient
 

@@ -1,5 +1,6 @@
 """The autograd function against the oracle, the formulas of its docstring, and numerical derivatives."""
 
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -26,6 +27,19 @@ def random_tensors(n: int, k: int, r1: int, r2: int, *, seed: int) -> dict[str, 
         name: torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
         for name, shape in shapes.items()
     }
+
+
+def named(name: str) -> Callable[[str], str]:
+    """Says in a failure which tensor it is."""
+    return lambda message: f"{name}: {message}"
+
+
+def score_inputs(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return tensors["A"], tensors["B"], tensors["R"], tensors["C"]
+
+
+def weight_of(tensors: dict[str, Tensor], scales: Scales) -> Tensor:
+    return updated_weight(tensors["W0"], tensors["U"], tensors["V"], scales.beta).detach()
 
 
 def apply(tensors: dict[str, Tensor], mask: Tensor, scales: Scales) -> Tensor:
@@ -60,8 +74,7 @@ def test_outputs_and_gradients_equal_the_oracle(
     oracle = oracle_of(tensors, bias, scales, sparsity)
 
     with torch.no_grad():
-        S = importance(updated_weight(tensors["W0"], tensors["U"], tensors["V"], scales.beta),
-                       *(tensors[name] for name in ("A", "B", "R", "C")), scales)  # fmt: skip
+        S = importance(weight_of(tensors, scales), *score_inputs(tensors), scales)
     torch.testing.assert_close(S, oracle.scores().detach(), rtol=1e-12, atol=1e-12)
     mask = keep_highest(S, sparsity).bool()
     assert int((~mask).sum()) == int(n * k * sparsity)
@@ -73,7 +86,11 @@ def test_outputs_and_gradients_equal_the_oracle(
     expected.tanh().pow(2).sum().backward()
     for name in ("W0", *NAMES):
         torch.testing.assert_close(
-            tensors[name].grad, oracle.get_parameter(name).grad, rtol=1e-10, atol=1e-12, msg=lambda m, at=name: f"{at}: {m}"
+            tensors[name].grad,
+            oracle.get_parameter(name).grad,
+            rtol=1e-10,
+            atol=1e-12,
+            msg=named(name),
         )
 
 
@@ -111,8 +128,10 @@ def test_gradients_equal_the_formulas(shape: tuple[int, int, int, int], scales: 
         "V": scales.beta * torch.stack([(dW * U[:, r : r + 1]).sum(0) for r in range(r2)], 0),
         "A": scales.alpha1 * torch.stack([(G * W * B[r]).sum(1) for r in range(r1)], 1),
         "B": scales.alpha1 * torch.stack([(G * W * A[:, r : r + 1]).sum(0) for r in range(r1)], 0),
-        "R": scales.alpha2 * torch.stack([sum((G[i, j] * W[i, j] for j in range(k)), G.new_zeros(())) for i in range(n)]),
-        "C": scales.alpha2 * torch.stack([sum((G[i, j] * W[i, j] for i in range(n)), G.new_zeros(())) for j in range(k)]),
+        "R": scales.alpha2
+        * torch.stack([sum((G[i, j] * W[i, j] for j in range(k)), G.new_zeros(())) for i in range(n)]),
+        "C": scales.alpha2
+        * torch.stack([sum((G[i, j] * W[i, j] for i in range(n)), G.new_zeros(())) for j in range(k)]),
     }
     for name, formula in formulas.items():
         torch.testing.assert_close(tensors[name].grad, formula, rtol=1e-12, atol=1e-12)
@@ -136,7 +155,7 @@ def test_numerical_derivative_of_the_scores_with_the_mask_replaced_by_them(scale
     tensors = random_tensors(6, 5, 2, 3, seed=9)
     M = torch.rand(6, 5, generator=torch.Generator().manual_seed(10)) < 0.5
     G = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(11))
-    fixed_W = updated_weight(*(tensors[name].detach() for name in ("W0", "U", "V")), scales.beta)
+    fixed_W = weight_of(tensors, scales)
 
     def surrogate(U: Tensor, V: Tensor, A: Tensor, B: Tensor, R: Tensor, C: Tensor) -> Tensor:
         oracle = tensors["W0"].detach() + scales.beta * (U @ V)
@@ -149,14 +168,14 @@ def test_numerical_derivative_of_the_scores_with_the_mask_replaced_by_them(scale
     expected = torch.autograd.grad(surrogate(*inputs), inputs)
     actual = torch.autograd.grad(apply(tensors, M, scales), inputs, grad_outputs=G)
     for name, one, other in zip(NAMES, actual, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12, msg=lambda m, at=name: f"{at}: {m}")
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12, msg=named(name))
 
 
 def test_pruned_entries_are_positive_zero_and_kept_ones_are_the_weight() -> None:
     tensors = random_tensors(11, 8, 2, 2, seed=12)
     M = torch.rand(11, 8, generator=torch.Generator().manual_seed(13)) < 0.5
     weight = apply(tensors, M, SCALES[1])
-    W = updated_weight(*(tensors[name].detach() for name in ("W0", "U", "V")), SCALES[1].beta)
+    W = weight_of(tensors, SCALES[1])
     assert torch.equal(weight[M], W[M])
     assert not weight[~M].any()
     assert not torch.signbit(weight[~M]).any()

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from itertools import chain, pairwise
 
 import numpy as np
 import pytest
@@ -111,7 +112,7 @@ def test_n_of_m_equals_brute_force_along_either_axis(kind: str, n: int, m: int) 
     assert pattern.sparsity == 1 - n / m
     for seed in range(4):
         scores = some_scores(kind, (1 + seed * 2, m * (1 + seed)), seed)
-        expected = [sum(brute_force_groups(row, n, m), []) for row in scores.tolist()]
+        expected = [list(chain(*brute_force_groups(row, n, m))) for row in scores.tolist()]
         mask = pattern.mask(scores, pattern.sparsity, axis=1)
         assert mask.tolist() == expected
         assert mask.reshape(-1, m).sum(1).eq(n).all()
@@ -148,7 +149,7 @@ def test_n_of_m_grows_and_never_shrinks_with_sparsity() -> None:
     scores, pattern = some_scores("continuous", (8, 32), 0), parse_pattern("2:4")
     masks = [pattern.mask(scores, sparsity, axis=1) for sparsity in np.linspace(0, 0.5, 21)]
     assert masks[0].all()
-    assert all(bool((~earlier | ~later).eq(~later).all()) for earlier, later in zip(masks, masks[1:], strict=False))
+    assert all(bool((~earlier | ~later).eq(~later).all()) for earlier, later in pairwise(masks))
 
 
 def test_n_of_m_refuses_what_it_cannot_hold() -> None:
@@ -263,7 +264,9 @@ def test_a_pattern_that_is_no_use_is_refused(spec: str) -> None:
         parse_pattern(spec)
 
 
-@pytest.mark.parametrize("spec", ["foo", "", "2-4", " 2:4", "2:4:8", "-2:4", "block", "block:4", "Unstructured", "dense"])
+@pytest.mark.parametrize(
+    "spec", ["foo", "", "2-4", " 2:4", "2:4:8", "-2:4", "block", "block:4", "Unstructured", "dense"]
+)
 def test_an_unknown_pattern_lists_the_known_ones(spec: str) -> None:
     with pytest.raises(PatternError, match=rf"Unknown pattern '{spec}'; use one of 2:4, block:4x4, unstructured\."):
         parse_pattern(spec)

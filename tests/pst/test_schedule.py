@@ -66,7 +66,7 @@ def test_no_room_for_a_ramp_is_a_step_whatever_the_rounding() -> None:
             schedule = CubicSchedule(initial=0.0, final=0.9, steps=steps, warmup=warmup, cooldown=cooldown)
             values = [schedule(t) for t in range(steps + 1)]
             assert values == sorted(values)
-            assert 0.0 <= min(values)
+            assert min(values) >= 0.0
             assert max(values) <= 0.9
 
 

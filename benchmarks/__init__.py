@@ -1,0 +1,1 @@
+"""Scripts that print the numbers README and LOG.md quote."""

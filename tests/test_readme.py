@@ -1,0 +1,101 @@
+"""README's commands run as they stand, and its figures are those of the committed report."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import write_reviews
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def shell_blocks() -> list[list[str]]:
+    """The lines of each ```sh block."""
+    return [block.strip().splitlines() for block in re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL)]
+
+
+@pytest.fixture(scope="module")
+def desk(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as README's reader has it: ./model and reviews.csv."""
+    folder = tmp_path_factory.mktemp("desk")
+    shutil.copytree(tiny_bert, folder / "model")
+    rows = [json.loads(line) for line in write_reviews(folder / "rows.jsonl", rows=120, seed=3).open(encoding="utf-8")]
+    lines = ["text,label", *(f'"{row["sentence"]}",{row["label"]}' for row in rows)]
+    (folder / "reviews.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+
+
+def test_commands_run_as_they_stand(desk: Path) -> None:
+    commands, (request,) = shell_blocks()
+    assert {line.split()[1] for line in commands} == {"train", "export", "inspect", "eval", "bench", "serve"}
+    for line in commands[:-1]:
+        command = [sys.executable, "-m", "cli", *shlex.split(line)[1:]]
+        done = subprocess.run(command, cwd=desk, env=environment(), capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+        assert done.stdout.strip(), f"{line} printed nothing"
+    serve, curl = shlex.split(commands[-1]), shlex.split(request)
+    port = serve[serve.index("--port") + 1]
+    assert f"localhost:{port}/" in request
+    server = subprocess.Popen([sys.executable, "-m", "cli", *serve[1:]], cwd=desk, env=environment())
+    try:
+        answer = _post(f"http://{curl[2]}", curl[-1].encode(), server)
+    finally:
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(60) == 0
+    assert answer["predictions"][0]["label"] in {"NEGATIVE", "POSITIVE"}
+
+
+def _post(url: str, body: bytes, server: "subprocess.Popen[bytes]") -> dict[str, list[dict[str, str]]]:
+    request = urllib.request.Request(url, data=body, headers={"Content-Type": "application/json"})
+    for _ in range(600):
+        assert server.poll() is None, "the server ended"
+        try:
+            with urllib.request.urlopen(request, timeout=30) as response:
+                answer: dict[str, list[dict[str, str]]] = json.load(response)
+                return answer
+        except urllib.error.URLError:
+            time.sleep(0.1)
+    raise AssertionError("the server did not answer")
+
+
+def test_quoted_table_is_the_committed_report() -> None:
+    path = re.search(r"\]\((benchmarks/quickstart_\w+\.json)\)", README)
+    assert path is not None
+    report = json.loads((ROOT / path[1]).read_text(encoding="utf-8"))
+    dense, sparse = report["artifacts"]
+    first = report["measurements"][0]["workload"]
+    latency = {row["artifact"]: row["latency"] for row in report["measurements"] if row["workload"] == first}
+    for item in (dense, sparse):
+        assert f"{item['accuracy']['value']:.1%}" in README
+        assert f"{item['size_bytes'] / 1e6:.1f} MB" in README
+        assert f"{latency[item['name']]['p50']:.2f} ms" in README
+        assert f"{latency[item['name']]['p99']:.2f} ms" in README
+    assert f"{sparse['sparsity']:.1%}" in README
+    for verdict in report["verdicts"]:
+        assert verdict in " ".join(line.strip() for line in README.splitlines())
+
+
+def test_readme_names_every_command_and_links_to_what_exists() -> None:
+    listed = subprocess.run(
+        [sys.executable, "-m", "cli", "--help"], cwd=ROOT, env=environment(), capture_output=True, text=True, check=True
+    ).stdout
+    commands = re.findall(r"^  (\w+)  ", listed.split("Commands:")[1], flags=re.MULTILINE)
+    assert commands == re.findall(r"^\| `pst (\w+)` \|", README, flags=re.MULTILINE)
+    for target in re.findall(r"\]\(((?!https?:)[^)]+)\)", README):
+        assert (ROOT / target).exists(), f"README links to {target}"
