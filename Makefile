@@ -37,7 +37,7 @@ install = $(BIN)/python -m pip --disable-pip-version-check install -c constraint
 	test $${PIPESTATUS[0]} -eq 0
 
 tools = import tomllib; groups = tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]; \
-	print("scikit-learn", "setuptools>=77", *(line for line in groups["dev"] if not line.startswith("tensorrt-rtx")), sep="\n")
+	print(*(line for line in groups["dev"] if not line.startswith("tensorrt-rtx")), sep="\n")
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \

@@ -1,7 +1,8 @@
 """Accuracy of `pst train` over a grid of options, as the tables of LOG.md give it.
 
     python -m benchmarks.recipes --model runs/quickstart/dense/model --data runs/quickstart/data \\
-        --output runs/recipes steps=400 max_length=64 sparsity=0.7,0.8,0.9 r2=8,32 lr_update=1e-4,2e-4 lr_scores=0 seed=0,1
+        --output runs/recipes steps=400 max_length=64 sparsity=0.7,0.8,0.9 r2=8,32 lr_update=1e-4,2e-4 \\
+        lr_scores=0 seed=0,1
 
 Each KEY=V1,V2,... spans one axis of the grid; a finished run is not repeated. Prints a line a run, best last, and
 writes them to OUTPUT/recipes.json.

@@ -145,7 +145,7 @@ def _open_session(runtime: Any, file: Path, options: Any, providers: list[str]) 
             named = re.search(r'"([^"]+)"', str(error))
             other = f" ({Path(named[1]).name})" if named else ""
             raise ArtifactError(
-                f"{file} keeps weights in a second file{other} that is missing or damaged; "
+                f"{file} keeps weights in a second file that is missing or damaged{other}; "
                 "copy the whole folder again, or export again."
             ) from error
         if kind in ("InvalidProtobuf", "InvalidGraph", "NoSuchFile", "NoModel") or "No graph was found" in str(error):

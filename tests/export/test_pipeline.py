@@ -242,13 +242,15 @@ class _FaultySession:
 def test_outputs_beyond_the_tolerance(
     tiny_bert: Path, artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    dense = artifact("dense", 0.0)  # made before the fault is injected
+
     def off(logits: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
         return logits + np.float32(0.01)
 
     monkeypatch.setattr(pipeline, "open_session", lambda path: _FaultySession(parity.open_session(path), off))
     refused(tiny_bert, tmp_path / "out", ArtifactError, r"differs from PyTorch by 0\.01")
 
-    source, session = load_source(tiny_bert), parity.open_session(artifact("dense", 0.0) / "model.onnx")
+    source, session = load_source(tiny_bert), parity.open_session(dense / "model.onnx")
     with pytest.raises(ArtifactError, match="differs from PyTorch by nan"):
         parity.check_parity(source, _FaultySession(session, lambda logits: logits * np.float32("nan")))
     with pytest.raises(ArtifactError, match="gives shape"):
