@@ -28,6 +28,8 @@ class Outcome:
 
 def pst(*arguments: str | Path) -> Outcome:
     """The entry point of ``pst`` with *arguments*, in this process."""
+    if "torch" in sys.modules:  # an earlier command may have asked for more threads than tiny models can use
+        sys.modules["torch"].set_num_threads(1)
     out, err = io.StringIO(), io.StringIO()
     with (
         mock.patch.object(sys, "argv", ["pst", *map(str, arguments)]),

@@ -16,7 +16,7 @@ from pst import __version__
 from pst.config import TrainConfig
 from pst.settings import describe
 
-from .command_line import command, done, environment, pst
+from .command_line import command, done, environment, pst, pst_process
 
 TRAIN = ("--sparsity", "0.5", "--steps", "4", "--set", "batch_size=8", "--set", "r1=2", "--set", "r2=2")
 
@@ -167,7 +167,7 @@ def test_an_interrupted_run_says_how_to_continue(
     tiny_bert: Path, reviews_file: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     run = tmp_path / "run"
-    options = ("--model", tiny_bert, "--data", reviews_file, *TRAIN, "--steps", "600", "--output", run)
+    options = ("--model", tiny_bert, "--data", reviews_file, *TRAIN, "--steps", "150", "--output", run)
     process = subprocess.Popen(
         command("train", *options), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -179,12 +179,12 @@ def test_an_interrupted_run_says_how_to_continue(
     assert process.returncode == 130, err
     assert out == ""
     assert "Traceback" not in err
-    assert err.splitlines()[-1].endswith(f"of 600; continue with --resume --output {run}.")
+    assert err.splitlines()[-1].endswith(f"of 150; continue with --resume --output {run}.")
     assert not (run / "model").exists()
-    resumed = pst("train", "--resume", "--output", run)
+    resumed = pst_process("train", "--resume", "--output", run)
     assert resumed.code == 0, resumed.err
     assert f"Resuming {run} at step " in resumed.err
-    assert "(600 steps, " in resumed.out
+    assert "(150 steps, " in resumed.out
     assert not (run / "checkpoints").exists()
 
 

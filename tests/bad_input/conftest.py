@@ -16,13 +16,13 @@ TRAIN = ("--sparsity", "0.5", "--steps", "4", "--set", "batch_size=8", "--set", 
 LONGEST = 600  # characters: three lines of a wide terminal, with pytest's long paths
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def model(sparse_model: Callable[..., Path]) -> Path:
     """A 2:4 model folder. Read only."""
     return sparse_model("2:4")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def exported(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its artifact. Read only; ``artifact`` is a copy that a test may damage."""
     output = tmp_path_factory.mktemp("exported") / "artifact"
@@ -36,7 +36,7 @@ def artifact(exported: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(exported, tmp_path / "artifact"))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def external(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An artifact that keeps its weights in model.onnx.data. Read only."""
     output = tmp_path_factory.mktemp("external") / "artifact"
@@ -44,7 +44,7 @@ def external(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def stopped_run(tiny_bert: Path, reviews_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was interrupted. Read only; ``interrupted`` is a copy."""
     output = tmp_path_factory.mktemp("stopped") / "run"
