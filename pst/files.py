@@ -20,7 +20,7 @@ from pst.errors import PSTError, RunError, StorageError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EIO}
-_REFUSED |= {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP}
+_REFUSED |= {errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
 
 
 @contextlib.contextmanager
@@ -35,6 +35,10 @@ def storage_errors(path: Path) -> Iterator[None]:
         if number in _FULL:
             raise StorageError(
                 f"No space is left on the disk that holds {path}; free some, or choose another folder with --output."
+            ) from error
+        if number in (errno.ENOTDIR, errno.EEXIST):
+            raise StorageError(
+                f"{path} cannot be made: a part of that path is a file. Choose another folder."
             ) from error
         if number in _REFUSED:
             raise StorageError(f"{path} cannot be written: {os.strerror(number)}. Choose another folder.") from error

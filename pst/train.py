@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import random
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -306,11 +307,18 @@ def _describe(examples: data.Examples) -> dict[str, Any]:
 def _require_same(stored: dict[str, Any], now: dict[str, Any], output: Path) -> None:
     different = [name for name in {**stored, **now} if stored.get(name) != now.get(name)]
     if different:
-        shown = ", ".join(f"{name} was {stored.get(name)!r}, now {now.get(name)!r}" for name in different[:4])
+        shown = ", ".join(
+            f"{name} was {_short(stored.get(name))}, now {_short(now.get(name))}" for name in different[:4]
+        )
         raise RunError(
             f"The run in {output} is from another configuration ({shown}); repeat the options of that run, "
             "give --output and --resume alone, or choose another --output."
         )
+
+
+def _short(value: Any) -> str:
+    """A value for a message: of a digest, its first digits."""
+    return f"{value[:8]}..." if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else repr(value)
 
 
 def _prepare_folder(output: Path, config: TrainConfig, *, first_step: int, steps: int) -> None:

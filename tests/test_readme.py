@@ -31,7 +31,8 @@ def desk(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as README's reader has it: ./model and reviews.csv."""
     folder = tmp_path_factory.mktemp("desk")
     shutil.copytree(tiny_bert, folder / "model")
-    rows = [json.loads(line) for line in write_reviews(folder / "rows.jsonl", rows=120, seed=3).open(encoding="utf-8")]
+    made = write_reviews(folder / "rows.jsonl", rows=120, seed=3).read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in made.splitlines()]
     lines = ["text,label", *(f'"{row["sentence"]}",{row["label"]}' for row in rows)]
     (folder / "reviews.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder

@@ -76,7 +76,7 @@ class NM:
         if shape[axis] % self.m:
             raise PatternError(
                 f"{name} has {shape[axis]} weights along its input axis, which {self.m} does not divide; "
-                f"pattern {self.spec} cannot hold there. Use --pattern unstructured, or exclude this weight."
+                f"pattern {self.spec} cannot hold there. Use --pattern unstructured, or an N:M whose M divides it."
             )
 
 
