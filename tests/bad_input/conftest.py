@@ -13,7 +13,7 @@ from ..command_line import done, interrupted_run, pst, snapshot
 
 Refused = Callable[..., str]
 TRAIN = ("--sparsity", "0.5", "--steps", "4", "--set", "batch_size=8", "--set", "r1=2", "--set", "r2=2")
-LONGEST = 600  # characters: three lines of a wide terminal, with pytest's long paths
+LONGEST = 500  # characters: three lines of a wide terminal, with pytest's long paths
 
 
 @pytest.fixture(scope="session")
