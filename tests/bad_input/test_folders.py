@@ -105,7 +105,15 @@ def test_output_below_a_file(refused: Refused, exported: Path, tiny_bert: Path, 
     arguments = ("train", "--model", tiny_bert, "--data", reviews_file, *TRAIN, "--output", "file/run")
     refused(*arguments, says=("a part of that path is a file", "another folder"))
     refused("bench", exported, "--shapes", "1x8", "--output", "file/report", says="a part of that path is a file")
-    refused("eval", exported, "--data", reviews_file, "--predictions", "file/rows.jsonl", says="a part of that path is a file")
+    refused(
+        "eval",
+        exported,
+        "--data",
+        reviews_file,
+        "--predictions",
+        "file/rows.jsonl",
+        says="a part of that path is a file",
+    )
 
 
 def test_output_that_holds_an_artifact(refused: Refused, model: Path, artifact: Path) -> None:
