@@ -77,6 +77,9 @@ def train(
     sparsity: Annotated[
         float | None, typer.Option(help="Fraction of zeros from 0 to below 1, such as 0.9; N:M fixes it.")
     ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="Dense model of the same task to distil from: a folder or hub id.")
+    ] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the training rows; default 3.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps, in place of --epochs.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random; default 0.")] = None,
@@ -108,7 +111,7 @@ def train(
     from pst.settings import resolve
 
     flags = {"model": model, "data": data, "method": method, "pattern": pattern, "sparsity": sparsity}
-    flags |= {"epochs": epochs, "steps": steps, "seed": seed, "faithful": faithful or None}
+    flags |= {"teacher": teacher, "epochs": epochs, "steps": steps, "seed": seed, "faithful": faithful or None}
     stored = output / "config.yaml"
     if resume and config is None and stored.is_file():
         config = stored
@@ -122,6 +125,8 @@ def train(
     except InterruptedRun as stop:
         print(stop, file=sys.stderr)
         raise typer.Exit(130) from None
+    if int(os.environ.get("RANK", "0")):  # of several processes, the first one speaks
+        return
     shown = ", ".join(f"{name} {value:.4f}" for name, value in result.metrics.items())
     _show(f"{result.model}: {shown} ({result.steps} steps, {result.seconds:.0f} s)")
 

@@ -1,5 +1,6 @@
 """Rows to batches of token ids: the same order for the same seed, whatever was interrupted in between."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,10 @@ class Encoded:
     def lengths(self) -> "np.ndarray[Any, np.dtype[np.int64]]":
         """(rows,) tokens of each row."""
         return np.array([len(row) for row in self.columns["input_ids"]], dtype=np.int64)
+
+    def weight(self, rows: Sequence[int]) -> int:
+        """The loss of *rows* is a mean over this many targets: one a row."""
+        return len(rows)
 
     def batch(self, rows: Sequence[int]) -> dict[str, Tensor]:
         """Model inputs of these *rows*, (B, T) int64 padded on the right to the longest, and ``labels`` (B,)."""
@@ -69,14 +74,13 @@ def batch_rows(
     return [batches[i] for i in generator.permutation(len(batches))]
 
 
-def training_batches(
-    encoded: Encoded, *, batch_size: int, seed: int, first_step: int, steps: int
-) -> Iterator[dict[str, Tensor]]:
-    """The batches of steps *first_step* to *steps* - 1, epoch after epoch."""
-    lengths = encoded.lengths()
-    per_epoch = len(batch_rows(lengths, batch_size=batch_size, seed=seed, epoch=0))
+def training_rows(
+    lengths: "np.ndarray[Any, np.dtype[np.int64]]", *, batch_size: int, seed: int, first_step: int, steps: int
+) -> Iterator[list[int]]:
+    """The rows of steps *first_step* to *steps* - 1, epoch after epoch; *lengths* (rows,) is in tokens."""
+    per_epoch = math.ceil(len(lengths) / batch_size)
     for step in range(first_step, steps):
         epoch, position = divmod(step, per_epoch)
         if position == 0 or step == first_step:
-            rows = batch_rows(lengths, batch_size=batch_size, seed=seed, epoch=epoch)
-        yield encoded.batch(rows[position])
+            batches = batch_rows(lengths, batch_size=batch_size, seed=seed, epoch=epoch)
+        yield batches[position]

@@ -24,6 +24,11 @@ class TrainConfig:
     validation: str = field("", "file with the validation rows, when --data is a single file")
     validation_fraction: float = field(0.1, "share of a single file that is kept for validation")
     limit: int = field(0, "use at most this many training rows; 0 = all")
+    task: Literal["auto", "classification", "language_modeling", "data_to_text"] = field(
+        "auto", "what the model learns; auto = classification (and regression)"
+    )
+    input_column: str = field("", "data_to_text: column of the prompt; found by its usual names when not given")
+    target_column: str = field("", "data_to_text: column of the answer; found by its usual names when not given")
 
     method: str = field("pst", "what decides which weights stay: a file of pst/methods")
     pattern: str = field("unstructured", "what shape stays: unstructured, N:M such as 2:4, or block:RxC")
@@ -35,10 +40,24 @@ class TrainConfig:
     r2: int | None = field(None, "rank of the weight update U V")
     alpha: Literal["mean", "one"] | None = field(None, "scale of the learned score: mean |W0| of each weight, or 1")
     beta: float = field(1.0, "scale of the weight update U V")
+    budget: Literal["local", "global"] = field(
+        "local", "local: the sparsity holds in each weight; global: over all of them, where scores compete"
+    )
+    kernel: Literal["torch", "triton"] = field("torch", "what makes the masked weight: plain torch, or a fused kernel")
+
+    teacher: str = field("", "model folder or hub id to distil from: a dense model trained on the same task")
+    distill_weight: float = field(0.5, "share of the teacher's loss in the whole, from 0 to 1")
+    distill_temperature: float = field(2.0, "softens both distributions of the teacher's loss")
+    distill_hidden: float = field(1.0, "weight of the hidden states' loss, where teacher and model are as wide")
+    label_smoothing: float = field(0.0, "share of each target's probability that is spread over all classes")
 
     epochs: float | None = field(None, "passes over the training rows")
     steps: int = field(0, "optimizer steps; overrides epochs when above 0")
-    batch_size: int = field(32, "rows a step")
+    batch_size: int = field(32, "rows a step, over all processes")
+    accumulate: int = field(1, "parts that a process splits its rows of a step into, to save memory")
+    precision: Literal["fp32", "tf32", "bf16"] = field(
+        "fp32", "arithmetic of the matrix products; weights and optimizer stay fp32"
+    )
     max_length: int | None = field(None, "tokens a row, longer ones are cut; None = 128 or the model's own limit")
     lr: float | None = field(None, "learning rate of dense weights, head, LayerNorm and biases")
     lr_update: float | None = field(None, "learning rate of the weight update U, V")
@@ -54,6 +73,11 @@ class TrainConfig:
 
     mask_every: int = field(1, "steps between two choices of the masks; the published method chooses at every step")
 
+    num_beams: int = field(10, "data_to_text: beams of the search that evaluation decodes with")
+    length_penalty: float = field(0.8, "data_to_text: exponent of the length that a beam's score is divided by")
+    no_repeat_ngram: int = field(4, "data_to_text: token sequences of this length occur once in an answer; 0 = any")
+    max_new_tokens: int = field(96, "data_to_text: most tokens of an answer")
+
     seed: int | None = field(None, "seed of the head's start, the order of rows and dropout")
     device: str = field("auto", "auto, cpu, or cuda")
     eval_every: int = field(0, "steps between evaluations; 0 = at the end only")
@@ -66,6 +90,10 @@ class TrainConfig:
         at_least = {
             "batch_size": 1,
             "mask_every": 1,
+            "accumulate": 1,
+            "num_beams": 1,
+            "no_repeat_ngram": 0,
+            "max_new_tokens": 1,
             "steps": 0,
             "limit": 0,
             "eval_every": 0,
@@ -76,10 +104,16 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < lowest:
                 raise ConfigError(f"{name} is {value}; it must be at least {lowest}.")
-        for name in ("epochs", "lr", "lr_update", "lr_scores", "weight_decay", "max_grad_norm"):
+        non_negative = ("epochs", "lr", "lr_update", "lr_scores", "weight_decay", "max_grad_norm", "distill_hidden")
+        for name in non_negative:
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
                 raise ConfigError(f"{name} is {value:g}; it must be a finite number of at least 0.")
+        for name in ("distill_weight", "label_smoothing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} is {getattr(self, name):g}; it is a share, from 0 to 1.")
+        if not 0 < self.distill_temperature < float("inf"):
+            raise ConfigError(f"distill_temperature is {self.distill_temperature:g}; it must be above 0.")
         if self.lr_warmup is not None and not 0 <= self.lr_warmup <= 1:
             raise ConfigError(f"lr_warmup is {self.lr_warmup:g}; it is a fraction of the steps, from 0 to 1.")
         if not math.isfinite(self.beta):

@@ -28,7 +28,7 @@ def load_config(source: str) -> Any:
     except Exception as error:  # whatever the file holds, transformers' checks of its fields included
         where = f"{source}/config.json" if Path(source).is_dir() else f"the hub for {source}"
         raise ModelError(
-            f"No model configuration can be read from {where}: {_first_line(error)} "
+            f"No model configuration can be read from {where}: {first_line(error)} "
             "Give --model a Hugging Face folder, or a hub id that is reachable or cached."
         ) from error
 
@@ -37,7 +37,7 @@ def _looks_local(source: str) -> bool:
     return Path(source).exists() or source.startswith((".", "/", "~")) or source.count("/") > 1
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """The first sentence-like line of a message that may be a page long, ending in a full stop."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
@@ -56,7 +56,7 @@ def load_tokenizer(source: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:  # the tokenizers library raises plain Exception
-        raise ModelError(f"No tokenizer can be read from {source}: {_first_line(error)} Remedy: {remedy}") from error
+        raise ModelError(f"No tokenizer can be read from {source}: {first_line(error)} Remedy: {remedy}") from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes an empty one where it finds no file
         raise ModelError(f"The tokenizer of {source} has no vocabulary; {remedy}")
     if not getattr(tokenizer, "is_fast", False):
@@ -113,7 +113,7 @@ def load_classifier(
         )
     except Exception as error:  # OSError, SafetensorError, RuntimeError for shapes, and what a bad config leads to
         raise ModelError(
-            f"The weights of {source} cannot be read, or do not fit its config.json: {_first_line(error)} "
+            f"The weights of {source} cannot be read, or do not fit its config.json: {first_line(error)} "
             "Get the model again, or choose another --model."
         ) from error
     lacking = sorted(name for name in report["missing_keys"] if re.search(r"\.\d+\.", name))

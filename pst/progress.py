@@ -15,15 +15,25 @@ def _clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
+_silent = False
+
+
+def silence() -> None:
+    """Print nothing from here on: of several processes one speaks."""
+    global _silent
+    _silent = True
+
+
 def note(message: str) -> None:
     """Print one line for a person to stderr; stdout stays free for what can be piped."""
-    print(message, file=sys.stderr, flush=True)
+    if not _silent:
+        print(message, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def progress(label: str, total: int, *, done: int = 0) -> Iterator[Callable[..., None]]:
     """Yield ``advance(steps=1, detail="")`` for work of *total* steps, *done* of which were made before."""
-    if not sys.stderr.isatty():
+    if _silent or not sys.stderr.isatty():
         yield _log_advance(label, total, done)
         return
     from rich.console import Console

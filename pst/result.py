@@ -16,25 +16,19 @@ from pst.config import TrainConfig
 from pst.files import atomic_folder, write_json
 from pst.quiet import quiet_transformers
 from pst.sparsify import prunable_weights
+from pst.tasks import Prepared
 
 SCHEMA_VERSION = 1
 LIBRARIES = ("torch", "transformers", "datasets", "numpy")
 
 
 def save_model(
-    model: nn.Module,
-    tokenizer: Any,
-    folder: Path,
-    *,
-    config: TrainConfig,
-    max_length: int,
-    metrics: dict[str, float],
-    data: dict[str, Any],
-    task: str,
-    seconds: float,
-    steps: int,
+    model: nn.Module, prepared: Prepared, folder: Path, *, config: TrainConfig, report: dict[str, Any]
 ) -> None:
-    """Write the merged *model*, its *tokenizer* and sparsity.json to *folder*, whole or not at all."""
+    """Write the merged *model*, its tokenizer and sparsity.json to *folder*, whole or not at all.
+
+    *report* is what the run says of itself: metrics, seconds, steps.
+    """
     weights = [
         {
             "name": item.name,
@@ -44,31 +38,30 @@ def save_model(
         }
         for item in (prunable_weights(model) if config.method != "dense" else [])
     ]
-    report = {
+    content = {
         "schema_version": SCHEMA_VERSION,
         "method": config.method,
         "pattern": config.pattern,
         "sparsity": {"requested": config.sparsity, "measured": measured_sparsity(weights)},
         "weights": weights,
-        "task": task,
-        "max_length": max_length,
-        "metrics": metrics,
+        "task": prepared.task,
+        "max_length": prepared.max_length,
         "base_model": config.model,
-        "data": data,
+        "data": prepared.data,
         "config": asdict(config),
         "seed": config.seed,
-        "steps": steps,
-        "seconds": round(seconds, 3),
+        **report,
         "versions": versions(),
         "git_revision": git_revision(),
     }
-    tokenizer.model_max_length = max_length
+    tokenizer = prepared.tokenizer
+    tokenizer.model_max_length = prepared.max_length
     tokenizer.backend_tokenizer.no_truncation()  # otherwise the last call's settings end up in tokenizer.json
     tokenizer.backend_tokenizer.no_padding()
     with quiet_transformers(), atomic_folder(folder, overwrite=True) as partial:
         cast(Any, model).save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        write_json(partial / "sparsity.json", report)
+        write_json(partial / "sparsity.json", content)
 
 
 def measured_sparsity(weights: list[dict[str, Any]]) -> float:

@@ -1,14 +1,11 @@
-"""One training run, readable from top to bottom. ``pst train`` is this with options.
+"""One training run, readable from top to bottom: ``pst train`` is this with options, pst/run_folder.py what it leaves.
 
-DIR/config.yaml      the resolved options            DIR/checkpoints/   for --resume
-DIR/metrics.jsonl    one line a logged step          DIR/model/         the result: plain weights, zeros in place
+Several processes (``torchrun``, ``accelerate launch``) run this same code; see pst/distributed.py.
 """
 
 import hashlib
-import json
 import math
 import random
-import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -21,22 +18,28 @@ import numpy as np
 import torch
 from torch import nn
 
-from pst import checkpoint, data, methods
-from pst.batches import Encoded, encode, training_batches
+from pst import checkpoint, memory, methods, tasks
+from pst.batches import training_rows
 from pst.config import TrainConfig
+from pst.distributed import Processes, processes
 from pst.errors import ConfigError, ModelError, RunError
-from pst.evaluate import evaluate
-from pst.files import atomic_file, read_json, refuse_existing, remove, storage_errors
-from pst.loading import load_classifier, load_config, load_tokenizer, require_vocabulary, settle_max_length
-from pst.progress import note, progress
+from pst.files import remove, storage_errors
+from pst.objective import Objective
+from pst.progress import note, progress, silence
 from pst.result import save_model
+from pst.run_folder import (
+    NOT_COMPARED,
+    finished_report,
+    open_log,
+    prepare_folder,
+    refuse_other_run,
+    require_same,
+)
 from pst.schedule import CubicSchedule
-from pst.settings import dump
 from pst.sparsify import merge_, set_sparsity_, sparsify_
+from pst.teacher import load_teacher
 
 LOG_EVERY = 10
-NOT_COMPARED = {"device", "checkpoint_every"}
-"""Options that may differ between a run and its resumption."""
 
 
 class InterruptedRun(Exception):  # noqa: N818 - not an error: the user asked
@@ -51,51 +54,68 @@ class TrainResult:
     metrics: dict[str, float]
     seconds: float
     steps: int
+    peak_memory_bytes: int | None = None
+    """Of the process that held most: a GPU's tensors, or all of a process on the processor; None where unknown."""
+    trainable_parameters: int | None = None
 
 
 def train(
-    config: TrainConfig,
-    output: Path,
-    *,
-    resume: bool = False,
-    overwrite: bool = False,
-    examples: tuple[data.Examples, data.Examples] | None = None,
+    config: TrainConfig, output: Path, *, resume: bool = False, overwrite: bool = False, **given: Any
 ) -> TrainResult:
-    """Train *config* into the run folder *output*; *examples* (train, validation) stand in for ``config.data``.
+    """Train *config* into the run folder *output*; *given* goes to the task's ``prepare`` (``examples=``, say).
 
     With *resume*, continue from the last checkpoint, or start where there is none. Raises PSTError subclasses for
     what the user can mend, InterruptedRun after SIGINT or SIGTERM, with a checkpoint written.
     """
     config = config.filled()
-    if resume and (finished := _finished(config, output)):
-        return finished
-    _refuse_existing(output, resume=resume, overwrite=overwrite)
-    device = _device(config.device)
+    with processes(config.device) as group:
+        if not group.first:
+            silence()
+        return _train(config, output, group, resume=resume, overwrite=overwrite, given=given)
+
+
+def _train(
+    config: TrainConfig, output: Path, group: Processes, *, resume: bool, overwrite: bool, given: dict[str, Any]
+) -> TrainResult:
+    # What is there already
+    report = None
+    if group.first:
+        report = finished_report(config, output) if resume else None
+        if report is None:
+            refuse_other_run(output, resume=resume, overwrite=overwrite)
+    report = group.gather(report)[0]
+    if report is not None:
+        note(f"{output} is finished already.")
+        return _result(output, report)
+    device = _device(config.device, group)
+    memory.reset_peak(device)
+    torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
     seed = _given(config.seed)
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
 
     # The data, the model, the masks
-    spec = data_spec(config)
-    rows, held_out = examples or (data.load(spec, split="train"), data.load(spec, split="validation"))
-    model_config = load_config(config.model)
-    max_length = settle_max_length(config.max_length, model_config, source=config.model)
-    tokenizer = load_tokenizer(config.model)
-    model, rows, held_out = load_classifier(config.model, model_config, rows, held_out)
+    prepared = tasks.prepare(config, **given)
+    model, rows = prepared.model, prepared.train
     fingerprint = _fingerprint(model)
-    encoded, encoded_held_out = (encode(tokenizer, part, max_length=max_length) for part in (rows, held_out))
-    for part in (encoded, encoded_held_out):
-        require_vocabulary(model, part.columns["input_ids"], source=config.model)
+    teacher = load_teacher(config.teacher, model, prepared.tokenizer) if config.teacher else None
     method = methods.make(config.method, config)
     if method is not None:
         sparsify_(model, method=method, pattern=config.pattern)
     model.to(device)
     groups: list[dict[str, Any]] = [{"params": list(model.parameters()), "lr": config.lr}]
     groups = method.param_groups(model) if method else groups
-    trainable: list[nn.Parameter] = [parameter for group in groups for parameter in group["params"]]
+    trainable: list[nn.Parameter] = [parameter for one in groups for parameter in one["params"]]
     optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
-    base_rates = [group["lr"] for group in optimizer.param_groups]
+    base_rates = [one["lr"] for one in optimizer.param_groups]
+    objective = Objective(
+        label_smoothing=config.label_smoothing,
+        teacher=teacher.to(device) if teacher is not None else None,
+        weight=config.distill_weight,
+        temperature=config.distill_temperature,
+        hidden=config.distill_hidden,
+    )
     steps = config.steps or max(1, math.ceil(_given(config.epochs) * math.ceil(len(rows) / config.batch_size)))
     schedule = CubicSchedule(
         initial=min(config.sparsity_initial, _given(config.sparsity)),
@@ -104,128 +124,126 @@ def train(
         warmup=config.sparsity_warmup,
         cooldown=config.sparsity_cooldown,
     )
+    if group.rank:  # dropout differs between processes; everything up to here was drawn alike
+        torch.manual_seed(seed + 1_000_003 * group.rank)
 
     # The run folder, and where to go on
     identity = {name: value for name, value in asdict(config).items() if name not in NOT_COMPARED}
-    identity |= {"max_length": max_length, "training rows": rows.fingerprint, "validation rows": held_out.fingerprint}
-    identity |= {"starting weights": fingerprint}
+    identity |= {"max_length": prepared.max_length, **prepared.fingerprints, "starting weights": fingerprint}
+    if teacher is not None:
+        identity["teacher's weights"] = _fingerprint(teacher)
     state = checkpoint.load_last(output / "checkpoints") if resume else None
     first_step, spent = 0, 0.0
     if state is not None:
-        _require_same(state["identity"], identity, output)
+        require_same(state["identity"], identity, output)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        checkpoint.set_random_state(state["random"])
+        if group.rank < len(state["random"]):
+            checkpoint.set_random_state(state["random"][group.rank])
+        if group.count != len(state["random"]):
+            note(f"{len(state['random'])} processes made the checkpoint, {group.count} go on: dropout will differ.")
         first_step, spent = state["step"], state["seconds"]
         note(f"Resuming {output} at step {first_step} of {steps}.")
     elif resume:
         note(f"No checkpoint in {output}; starting from the first step.")
-    _prepare_folder(output, config, first_step=first_step, steps=steps)
+    group.wait()  # nobody reads the folder any more
+    if group.first:
+        prepare_folder(output, config, first_step=first_step, steps=steps)
 
     def choose_masks(step: int, sparsity: float) -> None:
         try:
             set_sparsity_(model, sparsity)
         except ModelError as error:  # scores that are not finite
             raise _diverged(step, output) from error
+        group.share_masks_(model)
+
+    def evaluate() -> dict[str, float]:
+        size = max(config.batch_size, 64)
+        return prepared.evaluate(model, batch_size=size, device=device, processes=group)
 
     def save_checkpoint(step: int) -> None:
         _require_finite(trainable, step, output)
         content: dict[str, Any] = {"identity": identity, "seconds": spent + time.monotonic() - start}
-        content |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        content |= {"random": checkpoint.random_state()}
-        checkpoint.save(output / "checkpoints", step=step, content=content)
+        content |= {"random": group.gather(checkpoint.random_state())}
+        if group.first:
+            content |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            checkpoint.save(output / "checkpoints", step=step, content=content)
+
+    def backward(chosen: list[int]) -> float:
+        """Gradients of the mean loss over the rows of one step, and that loss."""
+        total, loss = rows.weight(chosen), torch.zeros((), device=device)
+        share = group.share(chosen)
+        for part in (share[i :: config.accumulate] for i in range(min(config.accumulate, len(share)))):
+            batch = {name: value.to(device) for name, value in rows.batch(list(part)).items()}
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                portion = objective(model, batch) * (rows.weight(list(part)) / total)
+            portion.backward()  # type: ignore[no-untyped-call]
+            loss += portion.detach()
+        group.sum_gradients_(trainable)
+        return group.sum_(loss).item()
 
     # The loop
     start = time.monotonic()
     model.train()
-    batches = training_batches(encoded, batch_size=config.batch_size, seed=seed, first_step=first_step, steps=steps)
-    with stop_signals() as stopped, _log(output) as log, progress("train", steps, done=first_step) as advance:
-        for step, batch in enumerate(batches, first_step):
+    batches = training_rows(rows.lengths(), batch_size=config.batch_size, seed=seed, first_step=first_step, steps=steps)
+    with (
+        stop_signals() as stopped,
+        _log(output, group, first_step) as log,
+        progress("train", steps, done=first_step) as advance,
+    ):
+        for step, chosen in enumerate(batches, first_step):
             sparsity = schedule(step)
             if method is not None and step % config.mask_every == 0:
                 choose_masks(step, sparsity)
             factor = _rate(step, steps, _given(config.lr_warmup))
-            for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
-                group["lr"] = rate * factor
-            loss = model(**{name: value.to(device) for name, value in batch.items()}).loss
+            for one, rate in zip(optimizer.param_groups, base_rates, strict=True):
+                one["lr"] = rate * factor
             optimizer.zero_grad()
-            loss.backward()
+            loss = backward(chosen)
             norm = torch.nn.utils.clip_grad_norm_(trainable, config.max_grad_norm or math.inf)
-            if not math.isfinite(loss.item() + norm.item()):
+            if not math.isfinite(loss + norm.item()):
                 raise _diverged(step, output)
             optimizer.step()
 
             done = step + 1
-            advance(1, f"loss {loss.item():.3f} sparsity {sparsity:.2f}")
+            advance(1, f"loss {loss:.3f} sparsity {sparsity:.2f}")
             if done % LOG_EVERY == 0 or done == steps:
-                log(step=done, loss=loss.item(), lr_factor=factor, sparsity=sparsity)
+                log(step=done, loss=loss, lr_factor=factor, sparsity=sparsity)
             if config.eval_every and done % config.eval_every == 0 and done < steps:
-                log(step=done, eval=_evaluate(model, encoded_held_out, config, rows.task, device))
-            if stopped() or (config.checkpoint_every and done % config.checkpoint_every == 0 and done < steps):
+                log(step=done, eval=evaluate())
+            stopping = group.any(stopped(), device)
+            if stopping or (config.checkpoint_every and done % config.checkpoint_every == 0 and done < steps):
                 save_checkpoint(done)
-            if stopped():
+            if stopping:
                 raise InterruptedRun(f"Stopped at step {done} of {steps}; continue with --resume --output {output}.")
 
         # The result
         _require_finite(trainable, steps, output)
         if method is not None:
             choose_masks(steps, schedule.final)
-        metrics = _evaluate(model, encoded_held_out, config, rows.task, device)
+        metrics = evaluate()
         log(step=steps, eval=metrics)
     if method is not None:
         merge_(model)
-    seconds = spent + time.monotonic() - start
-    with storage_errors(output):
-        save_model(
-            model.cpu(),
-            tokenizer,
-            output / "model",
-            config=config,
-            max_length=max_length,
-            metrics=metrics,
-            data={"train": _describe(rows), "validation": _describe(held_out)},
-            task=rows.task,
-            seconds=seconds,
-            steps=steps,
-        )
-    remove(output / "checkpoints")
-    return TrainResult(model=output / "model", metrics=metrics, seconds=seconds, steps=steps)
+    report = {
+        "metrics": metrics,
+        "seconds": round(spent + time.monotonic() - start, 3),
+        "steps": steps,
+        "peak_memory_bytes": max((peak for peak in group.gather(memory.peak(device)) if peak), default=None),
+        "trainable_parameters": sum(parameter.numel() for parameter in trainable),
+        "processes": group.count,
+    }
+    if group.first:
+        with storage_errors(output):
+            save_model(model.cpu(), prepared, output / "model", config=config, report=report)
+        remove(output / "checkpoints")
+    group.wait()
+    return _result(output, report)
 
 
-def _finished(config: TrainConfig, output: Path) -> TrainResult | None:
-    """The result that *output* holds already, if its run came to the end. Raises RunError for another run's."""
-    report_file = output / "model" / "sparsity.json"
-    if not report_file.is_file():
-        return None
-    remedy = "start again with --overwrite."
-    report = read_json(report_file, RunError, remedy)
-    now = json.loads(json.dumps(asdict(config)))
-    try:
-        stored, metrics, seconds, steps = (report[name] for name in ("config", "metrics", "seconds", "steps"))
-    except KeyError as error:
-        raise RunError(f"{report_file} does not say {error}, so it is not a run of this program; {remedy}") from error
-    ignored = dict.fromkeys(NOT_COMPARED)
-    _require_same({**stored, **ignored}, {**now, **ignored}, output)
-    remove(output / "checkpoints")  # a kill can have come between the result and this
-    note(f"{output} is finished already.")
-    return TrainResult(model=output / "model", metrics=metrics, seconds=seconds, steps=steps)
-
-
-def _refuse_existing(output: Path, *, resume: bool, overwrite: bool) -> None:
-    """Raise RunError where *output* holds what this run must not touch: any run, or, to resume, anything but a run."""
-    interrupted = any(output.glob("checkpoints/*.pt"))
-    if interrupted and not resume and not overwrite:
-        raise RunError(
-            f"{output} holds a run that is not finished, which is kept; continue it with --resume, replace it with "
-            "--overwrite, or choose another --output."
-        )
-    if resume and (interrupted or (output / "metrics.jsonl").exists() or not _visible(output)):
-        return
-    refuse_existing(output, overwrite=overwrite)
-
-
-def _visible(folder: Path) -> bool:
-    return any(not path.name.startswith(".") for path in folder.glob("*"))
+def _result(output: Path, report: dict[str, Any]) -> TrainResult:
+    names = ("metrics", "seconds", "steps", "peak_memory_bytes", "trainable_parameters")
+    return TrainResult(model=output / "model", **{name: report.get(name) for name in names})  # type: ignore[arg-type]
 
 
 def _given(value: Any) -> Any:
@@ -234,21 +252,11 @@ def _given(value: Any) -> Any:
     return value
 
 
-def data_spec(config: TrainConfig) -> data.DataSpec:
-    """Where the rows of *config* come from."""
-    return data.DataSpec(
-        data=config.data,
-        text_columns=config.text_columns,
-        label_column=config.label_column,
-        validation=config.validation,
-        validation_fraction=config.validation_fraction,
-        limit=config.limit,
-    )
-
-
-def _device(name: str) -> torch.device:
+def _device(name: str, group: Processes) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and group.count > 1:
+        name = f"cuda:{group.local_rank}"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError("device is cuda, but torch sees no GPU here; use --set device=auto, or cpu.")
     try:
@@ -293,70 +301,13 @@ def _rate(step: int, steps: int, warmup: float) -> float:
     return (steps - step) / max(steps - rising, 1.0)
 
 
-def _evaluate(
-    model: nn.Module, encoded: Encoded, config: TrainConfig, task: str, device: torch.device
-) -> dict[str, float]:
-    """Metrics under the present masks. Changes nothing that training depends on."""
-    return evaluate(model, encoded, task=task, batch_size=max(config.batch_size, 64), device=device)
-
-
-def _describe(examples: data.Examples) -> dict[str, Any]:
-    return {"source": examples.source, "rows": len(examples), "sha256": examples.fingerprint}
-
-
-def _require_same(stored: dict[str, Any], now: dict[str, Any], output: Path) -> None:
-    different = [name for name in {**stored, **now} if stored.get(name) != now.get(name)]
-    if different:
-        shown = ", ".join(
-            f"{name} was {_short(stored.get(name))}, now {_short(now.get(name))}" for name in different[:4]
-        )
-        raise RunError(
-            f"The run in {output} is from another configuration ({shown}); repeat the options of that run, "
-            "give --output and --resume alone, or choose another --output."
-        )
-
-
-def _short(value: Any) -> str:
-    """A value for a message: of a digest, its first digits."""
-    return f"{value[:8]}..." if isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) else repr(value)
-
-
-def _prepare_folder(output: Path, config: TrainConfig, *, first_step: int, steps: int) -> None:
-    with storage_errors(output):
-        output.mkdir(parents=True, exist_ok=True)
-        for leftover in (*output.glob(".*.partial-*"), *output.glob("checkpoints/.*.partial-*")):
-            remove(leftover)
-        remove(output / "model" / "sparsity.json")  # first, so that a kill here leaves nothing that looks finished
-        remove(output / "model")
-        if first_step == 0:
-            remove(output / "checkpoints")
-        path = output / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if first_step and path.exists() else []
-        with atomic_file(path) as partial:
-            kept = (line for line in lines if _lies_before(line, first_step, steps))
-            partial.write_text("".join(kept), encoding="utf-8")
-        dump(config, output / "config.yaml")
-
-
-def _lies_before(line: str, first_step: int, steps: int) -> bool:
-    """Whether a logged line stays on resuming at *first_step*: a later one, and the final metrics, happen again."""
-    try:
-        values = json.loads(line)
-    except ValueError:  # a kill cut it short
-        return False
-    final = "eval" in values and values["step"] == steps
-    return bool(values["step"] <= first_step and not final)
-
-
 @contextmanager
-def _log(output: Path) -> Iterator[Callable[..., None]]:
-    with storage_errors(output), (output / "metrics.jsonl").open("a", encoding="utf-8") as file:
-
-        def log(**values: Any) -> None:
-            with storage_errors(output):
-                file.write(json.dumps(values) + "\n")
-                file.flush()
-
+def _log(output: Path, group: Processes, first_step: int) -> Iterator[Callable[..., None]]:
+    """The first process's log; the others' goes nowhere."""
+    if not group.first:
+        yield lambda **_: None
+        return
+    with open_log(output, first_step=first_step) as log:
         yield log
 
 

@@ -31,7 +31,7 @@ def child(request: dict[str, Any], examples: Any, report: int) -> str:
     import torch
 
     import pst.train
-    from pst.batches import training_batches
+    from pst.batches import training_rows
     from pst.config import TrainConfig
 
     stop = request["stop"] or {}
@@ -43,13 +43,13 @@ def child(request: dict[str, Any], examples: Any, report: int) -> str:
         if name == stop.get("event") and counts[name] == stop["count"] and "delay" not in stop:
             os.kill(os.getpid(), getattr(signal, stop["signal"]))
 
-    batches, save = training_batches, torch.save
+    batches, save = training_rows, torch.save
     renames = {"replace": os.replace, "rename": os.rename}
 
-    def told_batches(*args: Any, **options: Any) -> Iterator[Any]:
-        for batch in batches(*args, **options):
+    def told_rows(*args: Any, **options: Any) -> Iterator[Any]:
+        for rows in batches(*args, **options):
             event("step")
-            yield batch
+            yield rows
 
     def slow_save(content: Any, file: Any) -> None:
         buffer = io.BytesIO()
@@ -69,7 +69,7 @@ def child(request: dict[str, Any], examples: Any, report: int) -> str:
 
         return rename
 
-    changed: Any = (pst.train, "training_batches", told_batches), (torch, "save", slow_save)
+    changed: Any = (pst.train, "training_rows", told_rows), (torch, "save", slow_save)
     for module, name, value in (*changed, (os, "replace", told("replace")), (os, "rename", told("rename"))):
         setattr(module, name, value)
     fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in request["config"].items()}
@@ -114,9 +114,9 @@ def main() -> None:
     import torch
     import transformers.models.bert.modeling_bert  # noqa: F401 - imported once here, not once a child
 
-    import pst.train
     from pst import data
     from pst.config import TrainConfig
+    from pst.tasks.classification import data_spec
 
     torch.set_num_threads(1)
     loaded: dict[str, Any] = {}
@@ -124,7 +124,7 @@ def main() -> None:
         request = json.loads(line)
         path = request["config"]["data"]
         if path not in loaded:
-            spec = pst.train.data_spec(TrainConfig(data=path))
+            spec = data_spec(TrainConfig(data=path))
             loaded[path] = data.load(spec, split="train"), data.load(spec, split="validation")
         print(json.dumps(run(request, loaded[path])), flush=True)
 

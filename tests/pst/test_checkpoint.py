@@ -74,7 +74,7 @@ def test_another_version_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "SCHEMA_VERSION", 99)
         save(tmp_path, 3)
-    with pytest.raises(RunError, match=r"step-00000003\.pt was written by another version .*schema 99.*reads 1"):
+    with pytest.raises(RunError, match=r"step-00000003\.pt was written by another version .*schema 99.*reads 2"):
         checkpoint.load_last(tmp_path)
 
 

@@ -15,7 +15,7 @@ import torch
 
 import pst.train
 from pst import checkpoint
-from pst.batches import training_batches
+from pst.batches import training_rows
 from pst.errors import DataError, RunError, StorageError
 from pst.schedule import CubicSchedule
 from pst.train import InterruptedRun, train
@@ -31,14 +31,14 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Interrupt:
 
     def run(config: Any, output: Path, *, at: int, resume: bool = False) -> None:
         def signalled(*args: Any, first_step: int, **named: Any) -> Iterator[Any]:
-            batches = training_batches(*args, first_step=first_step, **named)
-            for step, batch in enumerate(batches, first_step):
+            chosen = training_rows(*args, first_step=first_step, **named)
+            for step, rows in enumerate(chosen, first_step):
                 if step == at - 1:
                     signal.raise_signal(signal.SIGINT)
-                yield batch
+                yield rows
 
         with monkeypatch.context() as patch:
-            patch.setattr(pst.train, "training_batches", signalled)
+            patch.setattr(pst.train, "training_rows", signalled)
             with pytest.raises(InterruptedRun, match=rf"Stopped at step {at} of "):
                 train(config, output, resume=resume)
 
@@ -171,7 +171,7 @@ def test_a_finished_run_returns_its_result(
     config = options(tiny_bert, reviews_file)
     first = train(config, tmp_path / "out")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
-    monkeypatch.setattr(pst.train, "load_classifier", None)  # a second training would need it
+    monkeypatch.setattr(pst.tasks, "prepare", None)  # a second training would need it
     again = train(options(tiny_bert, reviews_file, checkpoint_every=7), tmp_path / "out", resume=True)
     assert (again.model, again.metrics, again.steps) == (first.model, first.metrics, first.steps)
     assert again.seconds == pytest.approx(first.seconds, abs=1e-3)
@@ -354,14 +354,14 @@ def test_a_file_that_cannot_grow(tiny_bert: Path, reviews_file: Path, tmp_path: 
 def test_a_full_disk_while_a_line_is_logged(
     tiny_bert: Path, reviews_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepare = pst.train._prepare_folder
+    prepare = pst.train.prepare_folder
 
     def fill(output: Path, *args: Any, **named: Any) -> None:
         prepare(output, *args, **named)
         (output / "metrics.jsonl").unlink()
         (output / "metrics.jsonl").symlink_to("/dev/full")
 
-    monkeypatch.setattr(pst.train, "_prepare_folder", fill)
+    monkeypatch.setattr(pst.train, "prepare_folder", fill)
     with pytest.raises(StorageError, match="No space is left"):
         train(options(tiny_bert, reviews_file, checkpoint_every=8), tmp_path / "out")
     assert checkpoint_steps(tmp_path / "out") == [8]

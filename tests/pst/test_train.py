@@ -1,5 +1,6 @@
 """Whole runs on tiny models: what they leave, that they learn, and what they refuse."""
 
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import pst.tasks.classification
 import pst.train
 from pst import checkpoint, data, metrics
 from pst.batches import encode
@@ -17,7 +19,8 @@ from pst.errors import ConfigError, ModelError, PatternError, RunError, StorageE
 from pst.models import architecture
 from pst.patterns import parse_pattern
 from pst.settings import resolve
-from pst.train import data_spec, train
+from pst.tasks.classification import data_spec
+from pst.train import train
 from tests.conftest import write_reviews
 from tests.pst.training import checkpoint_steps, leftovers, log_lines, options, report, tensors, weights
 
@@ -32,6 +35,7 @@ METHODS: dict[str, dict[str, Any]] = {
 REPORT_KEYS = {
     "schema_version", "method", "pattern", "sparsity", "weights", "task", "max_length", "config", "base_model",
     "data", "metrics", "seed", "steps", "seconds", "versions", "git_revision",
+    "peak_memory_bytes", "trainable_parameters", "processes",
 }  # fmt: skip
 
 
@@ -78,13 +82,15 @@ def test_report_says_what_the_saved_weights_hold(run: tuple[TrainConfig, Path]) 
     assert (said["base_model"], said["seed"], said["task"]) == (config.model, config.seed, "classification")
     assert said["versions"]["torch"] == torch.__version__
     assert said["data"]["train"]["rows"] + said["data"]["validation"]["rows"] == 64
+    assert said["processes"] == 1
+    assert said["peak_memory_bytes"] > 1e7  # of the whole process, or of a GPU
     assert saved.keys() == base.keys()
     kind = json.loads((output / "model" / "config.json").read_text())["model_type"]
     prunable = {name for name in saved if architecture(kind).prunable.search(name.removesuffix(".weight"))}
     prunable = {name for name in prunable if name.endswith(".weight")}
     assert len(prunable) == (12 if kind == "bert" else 8)
     assert {row["name"] for row in said["weights"]} == (set() if config.method == "dense" else prunable)
-    zeros = total = 0
+    zeros = total = low_rank = 0
     for row in said["weights"]:
         weight = saved[row["name"]]
         assert row["shape"] == list(weight.shape)
@@ -93,8 +99,14 @@ def test_report_says_what_the_saved_weights_hold(run: tuple[TrainConfig, Path]) 
         assert parse_pattern(config.pattern).holds(weight.numpy(), axis=row["axis"])
         for part in weight.chunk(architecture(kind).parts(row["name"].removesuffix(".weight")), dim=1 - row["axis"]):
             assert part.numel() - torch.count_nonzero(part) == int(part.numel() * (config.sparsity or 0))
+            low_rank += sum(part.shape) * ((config.r1 or 0) + (config.r2 or 0) + 1)  # U, V, A, B, R, C
         zeros, total = zeros + weight.numel() - int(torch.count_nonzero(weight)), total + weight.numel()
     assert said["sparsity"]["measured"] == pytest.approx(zeros / total if total else 0.0)
+    others = [saved[name] for name in saved.keys() - prunable]
+    trained = [] if config.faithful else [t for name, t in saved.items() if t.ndim == 1 or is_head(name)]
+    expected = [*others, *(saved[name] for name in prunable)] if config.method != "pst" else trained
+    counted = sum(tensor.numel() for tensor in expected) + (low_rank if config.method == "pst" else 0)
+    assert said["trainable_parameters"] == counted
     for name in saved.keys() - prunable:
         trains = config.method != "pst" or (not config.faithful and (saved[name].ndim == 1 or is_head(name)))
         # a parameter that trains may still be without a gradient: a bias of keys has none
@@ -113,7 +125,19 @@ def test_log_and_settings_read_back(run: tuple[TrainConfig, Path]) -> None:
     assert lines[-1]["eval"] == report(output)["metrics"]
     assert all(math.isfinite(line["loss"]) for line in lines[:-1])
     assert lines[1]["sparsity"] == config.sparsity
-    assert sorted(path.name for path in output.iterdir()) == ["config.yaml", "metrics.jsonl", "model"]
+    tensorboard = ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
+    assert sorted(path.name for path in output.iterdir()) == ["config.yaml", "metrics.jsonl", "model", *tensorboard]
+
+
+def test_tensorboard_shows_what_the_log_holds(run: tuple[TrainConfig, Path]) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    shown = accumulator.EventAccumulator(str(run[1] / "tensorboard")).Reload()
+    lines = log_lines(run[1])
+    for name in ("loss", "sparsity"):
+        points = [(event.step, event.value) for event in shown.Scalars(name)]
+        assert points == [(line["step"], pytest.approx(line[name])) for line in lines[:-1]]
+    for name, value in lines[-1]["eval"].items():
+        assert [(event.step, event.value) for event in shown.Scalars(f"eval/{name}")] == [(12, pytest.approx(value))]
 
 
 def test_the_same_options_give_the_same_weights(tiny_bert: Path, reviews_file: Path, tmp_path: Path) -> None:
@@ -171,7 +195,7 @@ def test_two_sentences_reach_the_model_as_a_pair(
         seen.append(encoded.columns)
         return encoded
 
-    monkeypatch.setattr(pst.train, "encode", spy)
+    monkeypatch.setattr(pst.tasks.classification, "encode", spy)
     config = options(request.getfixturevalue(base), rows_file(tmp_path / "pairs.jsonl", rows), validation_fraction=0.3)
     train(config, tmp_path / "out")
     assert "accuracy" in report(tmp_path / "out")["metrics"]

@@ -1,0 +1,81 @@
+"""The loss of a batch: the task's own, and what a dense teacher says about the same rows.
+
+L = (1 - w) L_task + w (L_logits + h L_hidden)
+
+L_logits   T^2 KL(softmax(z_teacher / T) || softmax(z / T)), the mean over rows, or over target tokens
+           (Hinton, Vinyals, Dean, arXiv 1503.02531); for a single output, the squared difference
+L_hidden   mean squared difference of hidden states over real tokens, each layer with the teacher's at the same
+           depth; only where both are as wide
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IGNORED = -100
+"""The label of a position that is no target, as in transformers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """Computes the loss of one batch; see the head of this module for w (weight), T (temperature) and h (hidden)."""
+
+    label_smoothing: float = 0.0
+    teacher: nn.Module | None = None
+    weight: float = 0.5
+    temperature: float = 2.0
+    hidden: float = 1.0
+
+    def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """The loss, a scalar; *batch* holds the model's inputs and ``labels`` (B,) or, of a language model, (B, T)."""
+        if self.teacher is None:
+            return self._task_loss(model(**batch), batch["labels"])
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        with torch.no_grad():
+            taught = self.teacher(**inputs, output_hidden_states=self.hidden > 0)
+        output = model(**batch, output_hidden_states=self.hidden > 0)
+        loss = logits_loss(output.logits, taught.logits, batch["labels"], self.temperature)
+        if self.hidden and output.hidden_states[0].shape[-1] == taught.hidden_states[0].shape[-1]:
+            loss = loss + self.hidden * hidden_loss(output.hidden_states, taught.hidden_states, batch["attention_mask"])
+        return (1 - self.weight) * self._task_loss(output, batch["labels"]) + self.weight * loss
+
+    def _task_loss(self, output: Any, labels: Tensor) -> Tensor:
+        logits: Tensor = output.logits
+        if not self.label_smoothing or logits.shape[-1] == 1:
+            loss: Tensor = output.loss
+            return loss
+        if labels.ndim == 2:
+            logits, labels = next_token(logits, labels)
+        return F.cross_entropy(logits, labels, ignore_index=IGNORED, label_smoothing=self.label_smoothing)
+
+
+def next_token(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, T, V) and (B, T) to the (targets, V) logits that predict, and the (targets,) tokens that follow."""
+    target = labels[:, 1:]
+    chosen = target != IGNORED
+    return logits[:, :-1][chosen], target[chosen]
+
+
+def logits_loss(logits: Tensor, taught: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """L_logits; (B, classes), or (B, T, V) with (B, T) labels that say which positions count."""
+    if logits.shape[-1] == 1:
+        return F.mse_loss(logits, taught)
+    if labels.ndim == 2:
+        logits, taught = next_token(logits, labels)[0], next_token(taught, labels)[0]
+    student = F.log_softmax(logits.float() / temperature, dim=-1)
+    target = F.log_softmax(taught.float() / temperature, dim=-1)
+    return F.kl_div(student, target, reduction="batchmean", log_target=True) * temperature**2
+
+
+def hidden_loss(states: tuple[Tensor, ...], taught: tuple[Tensor, ...], attention_mask: Tensor) -> Tensor:
+    """L_hidden; *states* are the outputs of the embedding and of each layer, (B, T, width), *taught* the teacher's."""
+    real = attention_mask.bool()
+    layers, deep = len(states) - 1, len(taught) - 1
+    losses = [
+        F.mse_loss(states[layer][real].float(), taught[round(layer * deep / layers)][real].float())
+        for layer in range(1, layers + 1)
+    ]
+    return torch.stack(losses).mean()
