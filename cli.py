@@ -132,6 +132,70 @@ def train(
 
 
 @app.command(
+    short_help="Train several methods alike and compare them.",
+    epilog="Example: pst compare --model DIR --data glue/cola --methods dense,magnitude,pst --output runs/comparison",
+)
+def compare(
+    model: Annotated[str, typer.Option(help="Hugging Face folder or hub id that every run starts from.")],
+    data: Annotated[str, typer.Option(help="glue/TASK, a hub id, a .jsonl/.csv/.tsv/.parquet file, or a folder.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the runs and the report.")],
+    methods: Annotated[
+        str, typer.Option(help="Methods, separated by commas; pst-faithful is the published PST.")
+    ] = "dense,magnitude,pst",
+    patterns: Annotated[str, typer.Option(help="Patterns, separated by commas.")] = "unstructured,2:4",
+    sparsities: Annotated[str, typer.Option(help="Fractions of zeros; N:M fixes its own.")] = "0.5,0.9",
+    seeds: Annotated[int, typer.Option(help="Runs of each, with the seeds 0, 1, 2, ...")] = 3,
+    from_dense: Annotated[
+        bool, typer.Option("--from-dense", help="Start the sparse runs from the dense run of their seed.")
+    ] = False,
+    teacher_from_dense: Annotated[
+        bool, typer.Option("--teacher-from-dense", help="Distil the sparse runs from the dense run of their seed.")
+    ] = False,
+    jobs: Annotated[int, typer.Option(help="Runs at a time, each in a process of its own.")] = 1,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="[METHOD.]KEY=VALUE",
+            help="Set one training option for all runs, or for one method's; may be repeated.",
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Train every run again, even if --output holds a comparison.")
+    ] = False,
+) -> None:
+    """Train every method with every pattern, sparsity and seed on the same data for the same steps, and compare.
+
+    Writes report.json, report.md and a plot of the metric against sparsity. What was stopped goes on when the same
+    command is given again: finished runs are kept.
+    """
+    from pst.compare import compare as run
+    from pst.compare import parse_names, parse_sparsities
+    from pst.train import InterruptedRun
+
+    try:
+        report = run(
+            model=model,
+            data=data,
+            methods=parse_names(methods),
+            patterns=parse_names(patterns),
+            sparsities=parse_sparsities(sparsities),
+            seeds=seeds,
+            output=output,
+            sets=sets or (),
+            from_dense=from_dense,
+            teacher_from_dense=teacher_from_dense,
+            jobs=jobs,
+            overwrite=overwrite,
+            command=shlex.join(["pst", *sys.argv[1:]]),
+        )
+    except InterruptedRun as stop:
+        print(stop, file=sys.stderr)
+        raise typer.Exit(130) from None
+    _show(report.render())
+
+
+@app.command(
     short_help="Write a model as ONNX, proven against PyTorch.",
     epilog="Example: pst export runs/reviews --output artifacts/reviews",
 )

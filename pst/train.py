@@ -133,7 +133,7 @@ def _train(
     if teacher is not None:
         identity["teacher's weights"] = _fingerprint(teacher)
     state = checkpoint.load_last(output / "checkpoints") if resume else None
-    first_step, spent = 0, 0.0
+    first_step, spent, training = 0, 0.0, 0.0
     if state is not None:
         require_same(state["identity"], identity, output)
         model.load_state_dict(state["model"])
@@ -142,7 +142,7 @@ def _train(
             checkpoint.set_random_state(state["random"][group.rank])
         if group.count != len(state["random"]):
             note(f"{len(state['random'])} processes made the checkpoint, {group.count} go on: dropout will differ.")
-        first_step, spent = state["step"], state["seconds"]
+        first_step, spent, training = state["step"], state["seconds"], state["train_seconds"]
         note(f"Resuming {output} at step {first_step} of {steps}.")
     elif resume:
         note(f"No checkpoint in {output}; starting from the first step.")
@@ -164,6 +164,7 @@ def _train(
     def save_checkpoint(step: int) -> None:
         _require_finite(trainable, step, output)
         content: dict[str, Any] = {"identity": identity, "seconds": spent + time.monotonic() - start}
+        content["train_seconds"] = training
         content |= {"random": group.gather(checkpoint.random_state())}
         if group.first:
             content |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
@@ -192,6 +193,7 @@ def _train(
         progress("train", steps, done=first_step) as advance,
     ):
         for step, chosen in enumerate(batches, first_step):
+            began = time.monotonic()
             sparsity = schedule(step)
             if method is not None and step % config.mask_every == 0:
                 choose_masks(step, sparsity)
@@ -204,6 +206,7 @@ def _train(
             if not math.isfinite(loss + norm.item()):
                 raise _diverged(step, output)
             optimizer.step()
+            training += time.monotonic() - began
 
             done = step + 1
             advance(1, f"loss {loss:.3f} sparsity {sparsity:.2f}")
@@ -228,6 +231,7 @@ def _train(
     report = {
         "metrics": metrics,
         "seconds": round(spent + time.monotonic() - start, 3),
+        "train_seconds": round(training, 3),
         "steps": steps,
         "peak_memory_bytes": max((peak for peak in group.gather(memory.peak(device)) if peak), default=None),
         "trainable_parameters": sum(parameter.numel() for parameter in trainable),

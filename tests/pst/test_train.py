@@ -35,7 +35,7 @@ METHODS: dict[str, dict[str, Any]] = {
 REPORT_KEYS = {
     "schema_version", "method", "pattern", "sparsity", "weights", "task", "max_length", "config", "base_model",
     "data", "metrics", "seed", "steps", "seconds", "versions", "git_revision",
-    "peak_memory_bytes", "trainable_parameters", "processes",
+    "train_seconds", "peak_memory_bytes", "trainable_parameters", "processes",
 }  # fmt: skip
 
 
@@ -83,6 +83,7 @@ def test_report_says_what_the_saved_weights_hold(run: tuple[TrainConfig, Path]) 
     assert said["versions"]["torch"] == torch.__version__
     assert said["data"]["train"]["rows"] + said["data"]["validation"]["rows"] == 64
     assert said["processes"] == 1
+    assert 0 < said["train_seconds"] < said["seconds"]
     assert said["peak_memory_bytes"] > 1e7  # of the whole process, or of a GPU
     assert saved.keys() == base.keys()
     kind = json.loads((output / "model" / "config.json").read_text())["model_type"]
