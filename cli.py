@@ -72,7 +72,9 @@ def train(
     output: Output,
     model: Annotated[str | None, typer.Option(help="Hugging Face folder or hub id to start from.")] = None,
     data: DataOption = None,
-    method: Annotated[str | None, typer.Option(help="pst (default), magnitude, or dense.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="pst (default), magnitude, movement, soft_movement, fixed_mask, or dense.")
+    ] = None,
     pattern: Annotated[str | None, typer.Option(help="unstructured (default), N:M such as 2:4, or block:RxC.")] = None,
     sparsity: Annotated[
         float | None, typer.Option(help="Fraction of zeros from 0 to below 1, such as 0.9; N:M fixes it.")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from pst.errors import ConfigError
-from pst.patterns import check_sparsity, parse_pattern
+from pst.patterns import check_sparsity, parse_pattern, sharing
 from pst.schedule import CubicSchedule
 from pst.settings import field
 
@@ -40,8 +40,10 @@ class TrainConfig:
     r2: int | None = field(None, "rank of the weight update U V")
     alpha: Literal["mean", "one"] | None = field(None, "scale of the learned score: mean |W0| of each weight, or 1")
     beta: float = field(1.0, "scale of the weight update U V")
-    budget: Literal["local", "global"] = field(
-        "local", "local: the sparsity holds in each weight; global: over all of them, where scores compete"
+    budget: Literal["local", "global"] | None = field(
+        None,
+        "local: the sparsity holds in each weight; global: over all of them, where scores compete; "
+        "none: the method's own (soft_movement: global)",
     )
     kernel: Literal["torch", "triton"] = field("torch", "what makes the masked weight: plain torch, or a fused kernel")
 
@@ -142,12 +144,23 @@ class TrainConfig:
         defaults: dict[str, Any] = COMMON | (module.FAITHFUL if self.faithful else module.DEFAULTS)
         known = {f.name for f in fields(self)}
         changes = {name: value for name, value in defaults.items() if name in known and getattr(self, name) is None}
-        return replace(self, **changes, **self._settled_pattern(prunes=self.method != "dense"))
+        keeps = getattr(module, "KEEPS_ZEROS", False)
+        return replace(self, **changes, **self._settled_pattern(prunes=self.method != "dense", keeps=keeps))
 
-    def _settled_pattern(self, *, prunes: bool) -> dict[str, Any]:
+    def _settled_pattern(self, *, prunes: bool, keeps: bool) -> dict[str, Any]:
         if not prunes:
             return {"pattern": "dense", "sparsity": 0.0}
-        fixed = parse_pattern(self.pattern).sparsity
+        pattern = parse_pattern(self.pattern)
+        if keeps and self.sparsity is not None:
+            raise ConfigError(
+                f"Method {self.method} keeps the zeros that the model has, so its sparsity is the model's; "
+                "leave --sparsity out."
+            )
+        if keeps:
+            return {}
+        if self.budget == "global":
+            sharing(pattern)
+        fixed = pattern.sparsity
         if fixed is None and self.sparsity is None:
             raise ConfigError(f"Pattern {self.pattern} needs a sparsity, for example --sparsity 0.9.")
         if fixed is not None and self.sparsity is not None and abs(self.sparsity - fixed) > 1e-6:

@@ -10,7 +10,8 @@
     M  = the entries of highest S, as the pattern decides
     Y  = X (M * W)' + b                                      * is elementwise
 
-The mask has no derivative of its own; the straight-through estimator takes dL/dS := dL/dM. With G = dL/d(M * W):
+The mask has no derivative of its own; the straight-through estimator takes dL/dS := dL/dM, entry by entry whatever the
+pattern (for scores that are pooled over blocks, see pst/patterns/block.py). With G = dL/d(M * W):
 
     dA = alpha1 (G * W) B'    dB = alpha1 A' (G * W)    dR_i = alpha2 sum_j (G * W)_ij    dC_j = alpha2 sum_i (G * W)_ij
     dW = G * M                dU = beta dW V'           dV = beta U' dW
@@ -35,14 +36,24 @@ class Scales:
     magnitude_gradient: bool = False
 
 
+def full_precision(tensor: Tensor) -> torch.autocast:
+    """Within: no autocast. Weights and scores are made in their own dtype; the layer casts the finished weight.
+
+    So a merged weight gives the same products under autocast as the masked one, and gradients keep their dtype.
+    """
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
 def updated_weight(W0: Tensor, U: Tensor, V: Tensor, beta: float) -> Tensor:
     """W = W0 + beta U V, shape (n, k)."""
-    return torch.addmm(W0, U, V, alpha=beta)
+    with full_precision(W0):
+        return torch.addmm(W0, U, V, alpha=beta)
 
 
 def importance(W: Tensor, A: Tensor, B: Tensor, R: Tensor, C: Tensor, scales: Scales) -> Tensor:
     """S = |W| + alpha1 A B + alpha2 (R 1' + 1 C'), shape (n, k)."""
-    S = torch.addmm(W.abs(), A, B, alpha=scales.alpha1)
+    with full_precision(W):
+        S = torch.addmm(W.abs(), A, B, alpha=scales.alpha1)
     S += scales.alpha2 * R.unsqueeze(1)
     S += scales.alpha2 * C
     return S
@@ -79,19 +90,19 @@ class MaskedLowRankWeight(torch.autograd.Function):
         W0, U, V, A, B, M = ctx.saved_tensors
         scales: Scales = ctx.scales
         need_W0, need_U, need_V, need_A, need_B, need_R, need_C = ctx.needs_input_grad[:7]
-        dA = dB = dR = dC = dU = dV = None
+        dA = dB = dR = dC = None
         dW = G * M
         if need_A or need_B or need_R or need_C or scales.magnitude_gradient:
             W = updated_weight(W0, U, V, scales.beta)
             if scales.magnitude_gradient:
                 dW = dW + G * W.abs()
             dS = W.mul_(G)
-            dA = scales.alpha1 * (dS @ B.T) if need_A else None
-            dB = scales.alpha1 * (A.T @ dS) if need_B else None
+            with full_precision(dS):
+                dA = scales.alpha1 * (dS @ B.T) if need_A else None
+                dB = scales.alpha1 * (A.T @ dS) if need_B else None
             dR = scales.alpha2 * dS.sum(1) if need_R else None
             dC = scales.alpha2 * dS.sum(0) if need_C else None
-        if need_U:
-            dU = scales.beta * (dW @ V.T)
-        if need_V:
-            dV = scales.beta * (U.T @ dW)
+        with full_precision(dW):
+            dU = scales.beta * (dW @ V.T) if need_U else None
+            dV = scales.beta * (U.T @ dW) if need_V else None
         return dW if need_W0 else None, dU, dV, dA, dB, dR, dC, None, None

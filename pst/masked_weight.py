@@ -6,7 +6,7 @@ result is given back in that storage, contiguous, so that a merged module multip
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,11 @@ class MaskedWeight(nn.Module, ABC):
 
     mask: Tensor  # (n, k) bool, True = kept
     sparsity: Tensor  # () float64
+
+    budget: Literal["local", "global"] = "local"
+    """What ``set_sparsity_`` does when it is not told, and the pattern allows it."""
+    fixed: bool = False
+    """Whether the mask stays as it was made, whatever the schedule says."""
 
     def __init__(self, weight: Tensor, *, axis: int) -> None:
         """For *weight* as the module stores it: (n, k) with axis 1, (k, n) with axis 0."""
@@ -36,6 +41,10 @@ class MaskedWeight(nn.Module, ABC):
     def scores(self, weight: Tensor) -> Tensor:
         """Importance of each entry, (n, k); *weight* is the original, as stored."""
 
+    def common_scores(self, weight: Tensor) -> Tensor:
+        """Scores that may be compared with those of other matrices, (n, k): here in units of the mean |weight|."""
+        return self.scores(weight) / mean_magnitude(weight)
+
     @abstractmethod
     def masked(self, weight: Tensor) -> Tensor:
         """The masked weight, (n, k), differentiable; *weight* is the original as (n, k)."""
@@ -44,9 +53,15 @@ class MaskedWeight(nn.Module, ABC):
         """The masked weight in the storage of *weight*."""
         return self.by_row(self.masked(self.by_row(weight))).contiguous()
 
+    def matrices(self, weight: Tensor) -> list[tuple["MaskedWeight", Tensor]]:
+        """Each matrix under a mask of its own, with its part of *weight* as stored: here the one."""
+        return [(self, weight)]
+
     @torch.no_grad()
     def update_mask_(self, weight: Tensor, pattern: Pattern, sparsity: float) -> None:
-        """Choose the mask anew from the present scores."""
+        """Choose the mask anew from the present scores; a fixed one stays."""
+        if self.fixed:
+            return
         self.mask.copy_(pattern.mask(self.scores(weight), sparsity, axis=1))
         self.sparsity.fill_(sparsity)
 
@@ -60,7 +75,7 @@ class MaskedMagnitude(MaskedWeight):
 
     def masked(self, weight: Tensor) -> Tensor:
         """M * W; a pruned entry gets no gradient."""
-        return weight.masked_fill(~self.mask, 0.0)
+        return torch.where(self.mask, weight, 0.0)
 
 
 class MaskedLowRank(MaskedWeight):
@@ -106,17 +121,23 @@ class FusedMaskedWeight(nn.Module):
         self.axis = axis
         self.parts = nn.ModuleList(parts)
 
-    def split(self, weight: Tensor) -> tuple[Tensor, ...]:
-        """The stored matrices of *weight*, one a part."""
-        return weight.chunk(len(self.parts), dim=1 - self.axis)
+    def matrices(self, weight: Tensor) -> list[tuple[MaskedWeight, Tensor]]:
+        """Each matrix under a mask of its own, with its part of *weight* as stored."""
+        pieces = weight.chunk(len(self.parts), dim=1 - self.axis)
+        return [(cast(MaskedWeight, part), piece) for part, piece in zip(self.parts, pieces, strict=True)]
 
     def forward(self, weight: Tensor) -> Tensor:
         """The masked matrices, side by side again."""
-        pieces = [part(piece) for part, piece in zip(self.parts, self.split(weight), strict=True)]
-        return torch.cat(pieces, dim=1 - self.axis)
+        return torch.cat([part(piece) for part, piece in self.matrices(weight)], dim=1 - self.axis)
 
     @torch.no_grad()
     def update_mask_(self, weight: Tensor, pattern: Pattern, sparsity: float) -> None:
         """Choose each part's mask anew."""
-        for part, piece in zip(self.parts, self.split(weight), strict=True):
-            cast(MaskedWeight, part).update_mask_(piece, pattern, sparsity)
+        for part, piece in self.matrices(weight):
+            part.update_mask_(piece, pattern, sparsity)
+
+
+def mean_magnitude(weight: Tensor) -> Tensor:
+    """Mean |W|, a scalar that can be divided by: that of an all-zero weight counts as the smallest number."""
+    mean = weight.detach().abs().mean(dtype=torch.float32 if weight.dtype != torch.float64 else None)
+    return mean.clamp_min(torch.finfo(mean.dtype).tiny)

@@ -23,11 +23,18 @@ LIBRARIES = ("torch", "transformers", "datasets", "numpy")
 
 
 def save_model(
-    model: nn.Module, prepared: Prepared, folder: Path, *, config: TrainConfig, report: dict[str, Any]
+    model: nn.Module,
+    prepared: Prepared,
+    folder: Path,
+    *,
+    config: TrainConfig,
+    shape: TrainConfig,
+    report: dict[str, Any],
 ) -> None:
     """Write the merged *model*, its tokenizer and sparsity.json to *folder*, whole or not at all.
 
-    *report* is what the run says of itself: metrics, seconds, steps.
+    *shape* is *config* with the pattern and sparsity that the model came to have, where they were not the user's
+    choice. *report* is what the run says of itself: metrics, seconds, steps.
     """
     weights = [
         {
@@ -41,8 +48,8 @@ def save_model(
     content = {
         "schema_version": SCHEMA_VERSION,
         "method": config.method,
-        "pattern": config.pattern,
-        "sparsity": {"requested": config.sparsity, "measured": measured_sparsity(weights)},
+        "pattern": shape.pattern,
+        "sparsity": {"requested": shape.sparsity, "measured": measured_sparsity(weights)},
         "weights": weights,
         "task": prepared.task,
         "max_length": prepared.max_length,

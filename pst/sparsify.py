@@ -9,19 +9,21 @@ merge_(model)                              # plain modules again, zeros in place
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from pst.budget import allocate
 from pst.errors import ModelError, PatternError
 from pst.masked_weight import FusedMaskedWeight, MaskedWeight
 from pst.methods import Method
 from pst.methods.pst import PST
 from pst.models import Architecture, architecture
-from pst.patterns import Pattern, check_sparsity, parse_pattern
+from pst.patterns import Pattern, SharingPattern, check_sparsity, parse_pattern, sharing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,10 @@ class PrunableWeight:
     def weight(self) -> Tensor:
         """The weight that the module multiplies by, as stored."""
         return cast(Tensor, self.module.weight)
+
+    def matrices(self) -> tuple[Tensor, ...]:
+        """The matrices that lie side by side in the weight, as stored, detached."""
+        return self.weight.detach().chunk(self.parts, dim=1 - self.axis)
 
 
 def prunable_weights(model: nn.Module, *, rules: Architecture | None = None) -> list[PrunableWeight]:
@@ -74,10 +80,11 @@ def sparsify_(
     pattern: str | Pattern = "unstructured",
     generator: torch.Generator | None = None,
 ) -> list[PrunableWeight]:
-    """Attach *method*'s masked weight to every prunable weight of *model*; all masks start full.
+    """Attach *method*'s masked weight to every prunable weight of *model*; all masks start full, but fixed ones.
 
     Also decides which parameters train (requires_grad), as the method says. Raises ModelError where nothing is
-    prunable or the model is sparsified already, PatternError where the pattern does not fit a weight.
+    prunable, the model is sparsified already, or a method that keeps the model's zeros finds none; PatternError where
+    the pattern does not fit a weight. Then the model is as it was.
     """
     method = method or PST()
     pattern = parse_pattern(pattern) if isinstance(pattern, str) else pattern
@@ -87,12 +94,14 @@ def sparsify_(
     for item in weights:
         n, k = _matrix_shape(item)
         pattern.check((n, k), axis=1, name=item.name)
+    masked = [
+        [method.masked_weight(piece, axis=item.axis, generator=generator) for piece in item.matrices()]
+        for item in weights
+    ]
+    _check_fixed(weights, masked, pattern)
     method.select_trainable_(model)
-    for item in weights:
-        original = item.weight.detach()
-        pieces = original.chunk(item.parts, dim=1 - item.axis)
-        masked = [method.masked_weight(piece, axis=item.axis, generator=generator) for piece in pieces]
-        attached = masked[0] if len(masked) == 1 else FusedMaskedWeight(masked, axis=item.axis)
+    for item, parts in zip(weights, masked, strict=True):
+        attached = parts[0] if len(parts) == 1 else FusedMaskedWeight(parts, axis=item.axis)
         parametrize.register_parametrization(item.module, "weight", attached)
         cast(Any, item.module).parametrizations.weight.original.requires_grad_(method.trains_original)
     setattr(model, _PATTERN, pattern)
@@ -110,6 +119,22 @@ def _matrix_shape(item: PrunableWeight) -> tuple[int, int]:
     return outputs // item.parts, inputs
 
 
+def _check_fixed(weights: list[PrunableWeight], masked: list[list[MaskedWeight]], pattern: Pattern) -> None:
+    """Refuse masks that never change when they are all full, or do not hold *pattern*."""
+    fixed = [(item, part) for item, parts in zip(weights, masked, strict=True) for part in parts if part.fixed]
+    if fixed and all(bool(part.mask.all()) for _, part in fixed):
+        raise ModelError(
+            "The model has no zeros in its prunable weights, so that there is nothing to keep. "
+            "Give a sparse model (what pst train wrote, for example), or choose a method that prunes, such as pst."
+        )
+    for item, part in fixed:
+        if not pattern.holds(part.mask.cpu().numpy(), axis=1):
+            raise PatternError(
+                f"The zeros of {item.name} do not follow pattern {pattern.spec}, and this method keeps them as they "
+                "are; use --pattern unstructured, which every arrangement follows."
+            )
+
+
 def masked_weights(model: nn.Module) -> Iterator[tuple[nn.Module, MaskedWeight | FusedMaskedWeight]]:
     """Every sparsified module of *model*, with what was attached to its weight."""
     for module in model.modules():
@@ -119,25 +144,63 @@ def masked_weights(model: nn.Module) -> Iterator[tuple[nn.Module, MaskedWeight |
                 yield module, attached
 
 
-def set_sparsity_(model: nn.Module, sparsity: float) -> None:
+@torch.no_grad()
+def set_sparsity_(model: nn.Module, sparsity: float, *, budget: Literal["local", "global"] | None = None) -> None:
     """Choose every mask of *model* anew from the present scores, with *sparsity* of its entries False.
 
-    The count is exact in each matrix: see the pattern. Raises ModelError where the model has no mask or its scores are
-    not finite, PatternError where the sparsity is outside the pattern's range.
+    budget: "local" gives each matrix its own exact count: see the pattern. "global" gives all matrices together that
+    same total, exact, and each a share of it by its scores: see pst/budget.py for the floor and ties. None is what the
+    method prefers, local for a pattern that knows no other. Fixed masks stay.
+
+    Raises ModelError where the model has no mask or its scores are not finite, PatternError where the sparsity is
+    outside the pattern's range or the pattern cannot share a budget.
     """
     check_sparsity(sparsity)
     pattern: Pattern | None = getattr(model, _PATTERN, None)
     if pattern is None:
         raise ModelError("The model has no masks; call sparsify_ first.")
-    for module, attached in masked_weights(model):
-        try:
-            attached.update_mask_(cast(Any, module).parametrizations.weight.original, pattern, sparsity)
-        except ValueError as error:
-            name = next(name for name, other in model.named_modules() if other is module)
-            raise ModelError(
-                f"The scores of {name}.weight hold NaN or infinity: training diverged, or the model came so. "
-                "Use a lower learning rate (lr, lr_update, lr_scores), or another model."
-            ) from error
+    found = [
+        (module, part, piece)
+        for module, attached in masked_weights(model)
+        for part, piece in attached.matrices(cast(Any, module).parametrizations.weight.original)
+        if not part.fixed
+    ]
+    if not found:
+        return
+    if budget is None:
+        shares = isinstance(pattern, SharingPattern) and any(part.budget == "global" for _, part, _ in found)
+        budget = "global" if shares else "local"
+    if budget == "local":
+        for module, part, piece in found:
+            with _naming(model, module):
+                part.update_mask_(piece, pattern, sparsity)
+        return
+    shared = sharing(pattern)
+    units = []
+    for module, part, piece in found:
+        with _naming(model, module):
+            units.append(shared.units(part.common_scores(piece), axis=1).reshape(-1))
+            if not bool(torch.isfinite(units[-1]).all()):
+                raise ValueError("scores hold NaN or infinity")
+    sizes = [each.numel() for each in units]
+    counts = allocate(units, sparsity)
+    del units  # as large as all weights
+    for (_, part, piece), size, count in zip(found, sizes, counts, strict=True):
+        part.update_mask_(piece, pattern, (count + 0.5) / size)  # the half keeps int(size s) from rounding below count
+        part.sparsity.fill_(count / size)
+
+
+@contextmanager
+def _naming(model: nn.Module, module: nn.Module) -> Iterator[None]:
+    """Within: scores that are not finite raise ModelError with the name of *module*."""
+    try:
+        yield
+    except ValueError as error:
+        name = next(name for name, other in model.named_modules() if other is module)
+        raise ModelError(
+            f"The scores of {name}.weight hold NaN or infinity: training diverged, or the model came so. "
+            "Use a lower learning rate (lr, lr_update, lr_scores), or another model."
+        ) from error
 
 
 def merge_(model: nn.Module) -> None:

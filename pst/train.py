@@ -10,7 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +100,10 @@ def _train(
     model, rows = prepared.model, prepared.train
     fingerprint = _fingerprint(model)
     teacher = load_teacher(config.teacher, model, prepared.tokenizer) if config.teacher else None
+    shape = replace(config, **methods.shape_of(config.method, model, config))
     method = methods.make(config.method, config)
     if method is not None:
-        sparsify_(model, method=method, pattern=config.pattern)
+        sparsify_(model, method=method, pattern=shape.pattern)
     model.to(device)
     groups: list[dict[str, Any]] = [{"params": list(model.parameters()), "lr": config.lr}]
     groups = method.param_groups(model) if method else groups
@@ -118,8 +119,8 @@ def _train(
     )
     steps = config.steps or max(1, math.ceil(_given(config.epochs) * math.ceil(len(rows) / config.batch_size)))
     schedule = CubicSchedule(
-        initial=min(config.sparsity_initial, _given(config.sparsity)),
-        final=_given(config.sparsity),
+        initial=min(shape.sparsity_initial, _given(shape.sparsity)),
+        final=_given(shape.sparsity),
         steps=steps,
         warmup=config.sparsity_warmup,
         cooldown=config.sparsity_cooldown,
@@ -152,7 +153,7 @@ def _train(
 
     def choose_masks(step: int, sparsity: float) -> None:
         try:
-            set_sparsity_(model, sparsity)
+            set_sparsity_(model, sparsity, budget=config.budget)
         except ModelError as error:  # scores that are not finite
             raise _diverged(step, output) from error
         group.share_masks_(model)
@@ -239,7 +240,7 @@ def _train(
     }
     if group.first:
         with storage_errors(output):
-            save_model(model.cpu(), prepared, output / "model", config=config, report=report)
+            save_model(model.cpu(), prepared, output / "model", config=config, shape=shape, report=report)
         remove(output / "checkpoints")
     group.wait()
     return _result(output, report)

@@ -1,7 +1,9 @@
 """What is important, and what trains: one file a method, found by its name.
 
-Each file defines ``make(config) -> Method | None``; None means that nothing is pruned. Adding a method is adding a
-file here.
+Each file defines ``make(config) -> Method | None``, where None means that nothing is pruned, and ``DEFAULTS`` for the
+options that a user leaves open; ``KEEPS_ZEROS = True`` says that pattern and sparsity are the model's own. The masked
+weight that a method attaches may say more: ``fixed``, a mask that is never chosen again, and ``budget``, whether its
+scores compete in each weight or over all (pst/masked_weight.py). Adding a method is adding a file here.
 """
 
 import importlib
@@ -31,7 +33,7 @@ class Method(Protocol):
         """What to attach to one stored *weight* whose reduction axis is *axis*."""
 
     def select_trainable_(self, model: "nn.Module") -> None:
-        """Set requires_grad of every parameter of the plain *model*."""
+        """Set requires_grad of every parameter of the plain *model*; the masked weights are made, not attached yet."""
 
     def param_groups(self, model: "nn.Module") -> list[dict[str, Any]]:
         """The optimizer's groups of the sparsified *model*: params and lr, each trainable parameter once."""
@@ -40,6 +42,15 @@ class Method(Protocol):
 def names() -> list[str]:
     """The methods that exist, by their files."""
     return sorted(info.name for info in pkgutil.iter_modules(__path__) if not info.name.startswith("_"))
+
+
+def shape_of(name: str, model: "nn.Module", config: Any) -> dict[str, Any]:
+    """Changes of *config* for a method whose pattern and sparsity are those of *model*: none for any other."""
+    module = importlib.import_module(f"{__name__}.{name}")
+    found: dict[str, Any] = {}
+    if getattr(module, "KEEPS_ZEROS", False):
+        found = module.settled(model, pattern=config.pattern, source=config.model)
+    return found
 
 
 def make(name: str, config: Any) -> "Method | None":

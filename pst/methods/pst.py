@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from pst.importance import Scales
 from pst.masked_weight import MaskedLowRank
+from pst.methods._training import groups_by_name, train_head_and_vectors_
 
 DEFAULTS = {"lr": 5e-4, "lr_update": 1.5e-4, "lr_scores": 1e-3, "r1": 8, "r2": 32, "alpha": "mean"}
 FAITHFUL = {"lr": 3e-5, "lr_update": 3e-5, "lr_scores": 3e-5, "r1": 8, "r2": 8, "alpha": "one"}
@@ -41,38 +42,14 @@ class PST:
 
     def select_trainable_(self, model: nn.Module) -> None:
         """Vectors (LayerNorm, biases) and the task head train beside the low-rank tensors, unless faithful."""
-        model.requires_grad_(False)
         if self.faithful:
-            return
-        head = _head_prefixes(model)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(parameter.ndim == 1 or name.startswith(head))
+            model.requires_grad_(False)
+        else:
+            train_head_and_vectors_(model)
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Three groups, each with its learning rate: update (U, V), scores (A, B, R, C), and the rest."""
-        update: list[nn.Parameter] = []
-        scores: list[nn.Parameter] = []
-        rest: list[nn.Parameter] = []
-        for name, parameter in model.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            leaf = name.rsplit(".", 1)[-1]
-            group = update if leaf in {"U", "V"} else scores if leaf in {"A", "B", "R", "C"} else rest
-            group.append(parameter)
-        groups = [(update, self.lr_update), (scores, self.lr_scores), (rest, self.lr)]
-        return [{"params": params, "lr": lr} for params, lr in groups if params]
-
-
-def _head_prefixes(model: nn.Module) -> tuple[str, ...]:
-    """Names of what a Hugging Face model puts on top of its base: classifier, score, and BERT's pooler before it.
-
-    In a model that is not of that kind every child counts: what is not pruned there trains.
-    """
-    base = str(getattr(model, "base_model_prefix", ""))
-    if base and base not in dict(model.named_children()):  # a base by itself, whose embeddings are no head
-        return ("pooler.",)
-    tops = tuple(f"{name}." for name, _ in model.named_children() if name != base)
-    return (*tops, f"{base}.pooler.")
+        return groups_by_name(model, ("UV", self.lr_update), ("ABRC", self.lr_scores), rest=self.lr)
 
 
 def make(config: Any) -> PST:

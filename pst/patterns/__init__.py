@@ -9,7 +9,7 @@ Importing this package needs numpy alone; torch is used only by ``mask``, on ten
 
 import importlib
 import pkgutil
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -32,7 +32,8 @@ class Pattern(Protocol):
     def mask(self, scores: "Tensor", sparsity: float, *, axis: int) -> "Tensor":
         """Keep the highest *scores*: a bool tensor of their shape, True = kept, with an exact count of False.
 
-        Scores must be finite. *axis* is the reduction axis of the 2-D scores.
+        Scores must be finite. *axis* is the reduction axis of the 2-D scores. Where scores are pooled (blocks, groups),
+        the straight-through gradient of a method still goes to each entry, dL/dS := dL/dM: see pst/patterns/block.py.
         """
 
     def holds(self, weight: "np.ndarray[Any, Any]", *, axis: int) -> bool:
@@ -40,6 +41,24 @@ class Pattern(Protocol):
 
     def check(self, shape: tuple[int, ...], *, axis: int, name: str) -> None:
         """Raise PatternError when a weight of this *shape*, called *name* in the message, cannot hold the pattern."""
+
+
+@runtime_checkable
+class SharingPattern(Pattern, Protocol):
+    """A pattern that leaves a matrix free in how many of its units stay, so that several can share one budget."""
+
+    def units(self, scores: "Tensor", *, axis: int) -> "Tensor":
+        """The scores of what stays or goes as one (an entry, a tile), in any shape; ``mask`` drops int(units s)."""
+
+
+def sharing(pattern: Pattern) -> SharingPattern:
+    """*pattern*, for a budget over all weights. Raises PatternError where its ratio holds in each weight by itself."""
+    if not isinstance(pattern, SharingPattern):
+        raise PatternError(
+            f"Pattern {pattern.spec} fixes the ratio inside every weight, so that a global budget has nothing to "
+            "share out; use --set budget=local, or --pattern unstructured."
+        )
+    return pattern
 
 
 def parse_pattern(spec: str) -> Pattern:

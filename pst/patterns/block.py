@@ -1,4 +1,12 @@
-"""Blocks: R x C tiles (R outputs by C inputs) that stay or go whole."""
+"""Blocks: R x C tiles (R outputs by C inputs) that stay or go whole.
+
+A tile's score is the mean P(S) of its entries' scores, and its mask bit m stands in all of its entries. A method's
+straight-through estimator knows no pattern: dL/dS_ij := dL/dM_ij = G_ij W_ij, entry by entry, here as everywhere.
+Carried through the mean it would be dL/dS_ij = (1 / RC) sum over the tile of G W, the tile's mean of the former. Under
+gradient descent on S both move P(S), all that decides, by the same amount, because the mean of a mean is that mean;
+so the product keeps the one rule. They differ where the optimizer rescales each entry (Adam on movement's T), and by
+what A, B, R, C share between tiles.
+"""
 
 import re
 from dataclasses import dataclass
@@ -35,12 +43,16 @@ class Block:
 
         check_sparsity(sparsity)
         self.check(tuple(scores.shape), axis=axis, name="scores")
-        by_row = scores if axis == 1 else scores.T
-        n, k = by_row.shape
-        pooled = by_row.reshape(n // self.rows, self.rows, k // self.columns, self.columns).mean((1, 3))
+        pooled = self.units(scores, axis=axis)
         keep = prune_lowest(pooled, int(pooled.numel() * sparsity))
         mask = keep.repeat_interleave(self.rows, 0).repeat_interleave(self.columns, 1)
         return mask if axis == 1 else mask.T.contiguous()
+
+    def units(self, scores: "Tensor", *, axis: int) -> "Tensor":
+        """See SharingPattern.units: the mean score of each tile, (n / rows, k / columns)."""
+        by_row = scores if axis == 1 else scores.T
+        n, k = by_row.shape
+        return by_row.reshape(n // self.rows, self.rows, k // self.columns, self.columns).mean((1, 3))
 
     def holds(self, weight: "np.ndarray[Any, Any]", *, axis: int) -> bool:
         """Whether every tile is either all zero or holds no zero."""

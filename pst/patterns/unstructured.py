@@ -28,6 +28,10 @@ class Unstructured:
         check_sparsity(sparsity)
         return prune_lowest(scores, int(scores.numel() * sparsity))
 
+    def units(self, scores: "Tensor", *, axis: int) -> "Tensor":
+        """See SharingPattern.units: every entry by itself."""
+        return scores
+
     def holds(self, weight: "np.ndarray[Any, Any]", *, axis: int) -> bool:
         """Always: every arrangement of zeros is unstructured."""
         return True

@@ -6,7 +6,8 @@ M = the entries of highest S, made differentiable by M + (S - S.detach())
 Y = X (M * W)' + b
 """
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,37 @@ def keep_n_of_m(S: Tensor, n: int, m: int) -> Tensor:
     mask = torch.zeros_like(groups)
     mask.scatter_(1, torch.argsort(groups, descending=True)[:, :n], 1)
     return mask.reshape(S.shape)
+
+
+def keep_blocks(S: Tensor, rows: int, columns: int, sparsity: float) -> Tensor:
+    """Zeros in the int(tiles s) tiles of lowest mean, one tile after the other."""
+    means = {
+        (i, j): float(S[i : i + rows, j : j + columns].mean())
+        for i in range(0, S.shape[0], rows)
+        for j in range(0, S.shape[1], columns)
+    }
+    mask = torch.ones_like(S)
+    for i, j in sorted(means, key=lambda at: means[at])[: int(len(means) * sparsity)]:
+        mask[i : i + rows, j : j + columns] = 0
+    return mask
+
+
+def keep_in_all(every: Sequence[Tensor], sparsity: float, *, floor: float) -> list[Tensor]:
+    """Zeros at the lowest scores of all matrices together, sum int(n k s) of them, by a sort of everything.
+
+    The highest scores of each matrix, *floor* times what it would keep at that sparsity by itself, are out of reach.
+    """
+    total, candidates = 0, []
+    for at, S in enumerate(every):
+        zeros = int(S.numel() * sparsity)
+        total += zeros
+        order = sorted(range(S.numel()), key=S.flatten().tolist().__getitem__)
+        reach = S.numel() - math.ceil(floor * (S.numel() - zeros))
+        candidates += [(float(S.flatten()[index]), at, index) for index in order[:reach]]
+    masks = [torch.ones_like(S).flatten() for S in every]
+    for _, at, index in sorted(candidates)[:total]:
+        masks[at][index] = 0
+    return [mask.reshape(S.shape) for mask, S in zip(masks, every, strict=True)]
 
 
 class OracleLinear(nn.Module):
@@ -80,3 +112,56 @@ class OracleLinear(nn.Module):
     def forward(self, X: Tensor) -> Tensor:
         """Y = X (M * W)' + b: (batch, k) to (batch, n)."""
         return X @ self.masked().T + self.bias
+
+
+class OracleMovement(nn.Module):
+    """A linear layer under movement pruning: a plain weight, a plain score, the mask made in every forward pass."""
+
+    def __init__(self, W: Tensor, bias: Tensor, *, keep: Keep, soft: bool) -> None:
+        """For W (n, k) and bias (n), which are copied; *soft* passes the score through a sigmoid."""
+        super().__init__()
+        self.W, self.bias = nn.Parameter(W.detach().clone()), nn.Parameter(bias.detach().clone())
+        self.T = nn.Parameter(torch.zeros_like(self.W))
+        self.keep, self.soft = keep, soft
+
+    def scores(self) -> Tensor:
+        """T, where it is equal in the order of |W|."""
+        found: Tensor = (self.T + 1e-8 * self.W.abs() / self.W.abs().mean()).detach()
+        return found
+
+    def forward(self, X: Tensor) -> Tensor:
+        """Y = X (M * W)' + b, with dM := dT."""
+        differentiable = torch.sigmoid(self.T) if self.soft else self.T
+        M = self.keep(self.scores()) + (differentiable - differentiable.detach())
+        return X @ (M * self.W).T + self.bias
+
+
+class Block(nn.Module):
+    """Two linears and a norm between them."""
+
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        self.first, self.norm, self.second = first, nn.LayerNorm(16), second
+
+    def forward(self, X: Tensor) -> Tensor:
+        found: Tensor = self.second(torch.tanh(self.norm(self.first(X))))
+        return found
+
+
+class Net(nn.Module):
+    """Two prunable linears a block, as a Hugging Face model names its parts."""
+
+    base_model_prefix = "base"
+
+    def __init__(self, make: Callable[[str, int, int], nn.Module], *, width: int = 12) -> None:
+        super().__init__()
+        self.base = nn.ModuleList(
+            [Block(make(f"base.{i}.first", width, 16), make(f"base.{i}.second", 16, width)) for i in range(2)]
+        )
+        self.classifier = nn.Linear(width, 3)
+
+    def forward(self, X: Tensor) -> Tensor:
+        for block in self.base:
+            X = X + block(X)
+        found: Tensor = self.classifier(X)
+        return found

@@ -20,7 +20,7 @@ def config(**options: Any) -> TrainConfig:
 @pytest.mark.parametrize("method", ["pst", "magnitude", "dense"])
 def test_filling_leaves_nothing_open_but_the_length(method: str) -> None:
     filled = config(method=method).filled()
-    assert [each.name for each in fields(filled) if getattr(filled, each.name) is None] == ["max_length"]
+    assert [each.name for each in fields(filled) if getattr(filled, each.name) is None] == ["budget", "max_length"]
     assert filled.filled() == filled
 
 

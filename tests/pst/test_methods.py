@@ -1,6 +1,5 @@
 """Which tensors each method trains and at which rate, and whole training steps against the oracle's layers."""
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import BertForSequenceClassification, BertModel, GPT2ForSequenceClassification
 
 from pst import methods
@@ -20,7 +19,7 @@ from pst.methods.magnitude import Magnitude
 from pst.methods.pst import PST
 from pst.schedule import CubicSchedule
 from pst.sparsify import masked_weights, merge_, set_sparsity_, sparsify_
-from tests.pst.oracle import NAMES, OracleLinear, keep_highest, keep_n_of_m
+from tests.pst.oracle import NAMES, Net, OracleLinear, keep_blocks, keep_highest, keep_n_of_m
 
 LOW_RANK = tuple(f".{name}" for name in NAMES)
 
@@ -153,36 +152,7 @@ def test_each_matrix_of_a_fused_weight_has_its_own_alpha(tiny_gpt2: Path) -> Non
 # -- training against the oracle -----------------------------------------------------------------------------------
 
 
-class Block(nn.Module):
-    def __init__(self, first: nn.Module, second: nn.Module) -> None:
-        super().__init__()
-        self.first, self.norm, self.second = first, nn.LayerNorm(16), second
-
-    def forward(self, X: Tensor) -> Tensor:
-        found: Tensor = self.second(torch.tanh(self.norm(self.first(X))))
-        return found
-
-
-class Net(nn.Module):
-    """Two prunable linears a block, as a Hugging Face model names its parts."""
-
-    base_model_prefix = "base"
-
-    def __init__(self, make: Callable[[str, int, int], nn.Module]) -> None:
-        super().__init__()
-        self.base = nn.ModuleList(
-            [Block(make(f"base.{i}.first", 12, 16), make(f"base.{i}.second", 16, 12)) for i in range(2)]
-        )
-        self.classifier = nn.Linear(12, 3)
-
-    def forward(self, X: Tensor) -> Tensor:
-        for block in self.base:
-            X = X + block(X)
-        found: Tensor = self.classifier(X)
-        return found
-
-
-@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "block:2x2"])
 @pytest.mark.parametrize("faithful", [False, True])
 def test_training_steps_equal_the_oracle(pattern: str, faithful: bool) -> None:
     """Eight AdamW steps along the schedule in double precision, then every tensor and the merged weights."""
@@ -226,10 +196,11 @@ def test_training_steps_equal_the_oracle(pattern: str, faithful: bool) -> None:
         X = torch.randn(5, 12, dtype=torch.float64, generator=generator)
         labels = torch.randint(3, (5,), generator=generator)
         set_sparsity_(ours, schedule(step))
-        if pattern == "unstructured":
+        if pattern != "2:4":
+            keep = keep_highest if pattern == "unstructured" else partial(keep_blocks, rows=2, columns=2)
             for layer in theirs.modules():
                 if isinstance(layer, OracleLinear):
-                    layer.keep = partial(keep_highest, sparsity=schedule(step))
+                    layer.keep = partial(keep, sparsity=schedule(step))
         losses = []
         for net, optimizer in ((ours, our_optimizer), (theirs, their_optimizer)):
             optimizer.zero_grad()
@@ -262,7 +233,7 @@ def test_training_steps_equal_the_oracle(pattern: str, faithful: bool) -> None:
 
 
 def test_methods_are_found_by_their_files() -> None:
-    assert {"dense", "magnitude", "pst"} <= set(methods.names())
+    assert {"dense", "fixed_mask", "magnitude", "movement", "pst", "soft_movement"} == set(methods.names())
     config = TrainConfig(model="m", data="d", sparsity=0.9, lr=0.25, lr_update=0.5, lr_scores=0.75, r1=3, r2=4,
                          alpha="one", beta=2.0).filled()  # fmt: skip
     assert methods.make("dense", config) is None

@@ -17,6 +17,7 @@ import pst.train
 from pst import checkpoint
 from pst.batches import training_rows
 from pst.errors import DataError, RunError, StorageError
+from pst.run_folder import prepare_folder
 from pst.schedule import CubicSchedule
 from pst.train import InterruptedRun, train
 from tests.conftest import write_reviews
@@ -354,7 +355,7 @@ def test_a_file_that_cannot_grow(tiny_bert: Path, reviews_file: Path, tmp_path: 
 def test_a_full_disk_while_a_line_is_logged(
     tiny_bert: Path, reviews_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepare = pst.train.prepare_folder
+    prepare = prepare_folder
 
     def fill(output: Path, *args: Any, **named: Any) -> None:
         prepare(output, *args, **named)
