@@ -5,7 +5,7 @@ from pathlib import Path
 from export.source import SPARSITY_FILE
 from pst.data import DataSpec, Examples, load, load_whole
 from pst.errors import ArtifactError, PSTError
-from pst.files import read_json, resolve_model
+from pst.files import read_json, refuse_language_model, resolve_model
 from pst.progress import note
 
 
@@ -15,6 +15,7 @@ def real_inputs(source: Path, spec: DataSpec | None) -> Examples | None:
     None, with a note, where the model does not say what these are or they cannot be read any more. Raises DataError
     only for a *spec* that was asked for.
     """
+    refuse_language_model(resolve_model(source))
     if spec is not None:
         return load_whole(spec)
     report_file = resolve_model(source) / SPARSITY_FILE

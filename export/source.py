@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from export.tensors import read_model_tensors
 from pst.errors import ModelError
-from pst.files import read_json, resolve_model
+from pst.files import read_json, refuse_language_model, resolve_model
 from pst.quiet import quiet_transformers
 
 Array = np.ndarray[Any, Any]
@@ -83,6 +83,7 @@ def _check_files(folder: Path) -> None:
             f"{folder} is a run without a finished model; continue it with pst train --resume, then export it."
         )
     read_json(folder / "config.json", ModelError, "give a run folder of pst train, or a Hugging Face model folder.")
+    refuse_language_model(folder)
     unmerged = next((name for name in read_model_tensors(folder) if ".parametrizations." in name), None)
     if unmerged is not None:
         raise ModelError(

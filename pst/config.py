@@ -19,11 +19,15 @@ class TrainConfig:
     data: str = field(
         "", "glue/TASK, a hub id, a .jsonl/.csv/.tsv/.parquet file, or a folder with train.* and validation.*"
     )
-    text_columns: tuple[str, ...] = field((), "one or two text columns; found by their usual names when not given")
+    text_columns: tuple[str, ...] = field(
+        (), "one or two text columns (of language_modeling, one); found by their usual names when not given"
+    )
     label_column: str = field("", "label column; found by its usual names when not given")
     validation: str = field("", "file with the validation rows, when --data is a single file")
     validation_fraction: float = field(0.1, "share of a single file that is kept for validation")
-    limit: int = field(0, "use at most this many training rows; 0 = all")
+    limit: int = field(
+        0, "use at most this many training rows; 0 = all; of data_to_text, also so many validation prompts"
+    )
     task: Literal["auto", "classification", "language_modeling", "data_to_text"] = field(
         "auto", "what the model learns; auto = classification (and regression)"
     )
@@ -77,7 +81,9 @@ class TrainConfig:
 
     num_beams: int = field(10, "data_to_text: beams of the search that evaluation decodes with")
     length_penalty: float = field(0.8, "data_to_text: exponent of the length that a beam's score is divided by")
-    no_repeat_ngram: int = field(4, "data_to_text: token sequences of this length occur once in an answer; 0 = any")
+    no_repeat_ngram: int = field(
+        4, "data_to_text: token sequences of this length occur once in an answer, whatever the prompt holds; 0 = any"
+    )
     max_new_tokens: int = field(96, "data_to_text: most tokens of an answer")
 
     seed: int | None = field(None, "seed of the head's start, the order of rows and dropout")

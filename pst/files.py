@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pst.errors import PSTError, RunError, StorageError
+from pst.errors import ModelError, PSTError, RunError, StorageError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EIO}
@@ -171,6 +171,19 @@ def refuse_existing(target: Path, *, overwrite: bool) -> None:
     if holds_any and not overwrite:
         raise RunError(
             f"{target} already holds a result, which is kept; choose another --output, or replace it with --overwrite."
+        )
+
+
+def refuse_language_model(folder: Path) -> None:
+    """Raise ModelError where *folder* holds a causal language model, which no command but train and inspect takes."""
+    try:
+        named = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or []
+    except (OSError, ValueError, AttributeError):
+        return  # whoever reads it for real says what is wrong
+    if any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in named):
+        raise ModelError(
+            f"{folder} is a causal language model ({named[0]}); export, eval, bench and serve take classifiers so far. "
+            "Generate with it in transformers: AutoModelForCausalLM.from_pretrained."
         )
 
 

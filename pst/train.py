@@ -158,9 +158,9 @@ def _train(
             raise _diverged(step, output) from error
         group.share_masks_(model)
 
-    def evaluate() -> dict[str, float]:
+    def evaluate(*, final: bool) -> dict[str, float]:
         size = max(config.batch_size, 64)
-        return prepared.evaluate(model, batch_size=size, device=device, processes=group)
+        return prepared.evaluate(model, batch_size=size, device=device, processes=group, final=final)
 
     def save_checkpoint(step: int) -> None:
         _require_finite(trainable, step, output)
@@ -214,7 +214,7 @@ def _train(
             if done % LOG_EVERY == 0 or done == steps:
                 log(step=done, loss=loss, lr_factor=factor, sparsity=sparsity)
             if config.eval_every and done % config.eval_every == 0 and done < steps:
-                log(step=done, eval=evaluate())
+                log(step=done, eval=evaluate(final=False))
             stopping = group.any(stopped(), device)
             if stopping or (config.checkpoint_every and done % config.checkpoint_every == 0 and done < steps):
                 save_checkpoint(done)
@@ -225,7 +225,7 @@ def _train(
         _require_finite(trainable, steps, output)
         if method is not None:
             choose_masks(steps, schedule.final)
-        metrics = evaluate()
+        metrics = evaluate(final=True)
         log(step=steps, eval=metrics)
     if method is not None:
         merge_(model)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from export import manifest
 from pst.errors import ArtifactError, ModelError
-from pst.files import read_json, resolve_model
+from pst.files import read_json, refuse_language_model, resolve_model
 
 # These models number positions from pad_token_id + 1, so that many of the table's rows cannot be used.
 OFFSET_POSITIONS = frozenset({"roberta", "xlm-roberta", "camembert", "longformer", "mpnet"})
@@ -113,6 +113,7 @@ def describe(path: Path, *, verify: bool = False) -> ModelFolder:
         return _describe_artifact(path, verify=verify)
     folder = resolve_model(path)
     config = _config(folder)
+    refuse_language_model(folder)
     weights = [file for file in sorted(folder.iterdir()) if file.suffix in (".safetensors", ".bin")]
     if not weights:
         raise ModelError(f"{folder} holds neither model.onnx nor model.safetensors; train or export again.")

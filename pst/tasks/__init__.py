@@ -42,9 +42,12 @@ class Measure(Protocol):
     """How well a model does on the validation rows."""
 
     def __call__(
-        self, model: "nn.Module", *, batch_size: int, device: "torch.device", processes: "Processes"
+        self, model: "nn.Module", *, batch_size: int, device: "torch.device", processes: "Processes", final: bool = True
     ) -> dict[str, float]:
-        """Metrics by name, the same in every process, each of which does its share. Changes nothing in the model."""
+        """Metrics by name, the same in every process, each of which does its share. Changes nothing in the model.
+
+        Before the end of a run, without *final*, what takes long may be left out.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)

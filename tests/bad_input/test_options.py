@@ -27,7 +27,7 @@ def test_unknown_pattern(refused: Refused, tiny_bert: Path, reviews_file: Path) 
 
 
 def test_unknown_method(refused: Refused, tiny_bert: Path, reviews_file: Path) -> None:
-    refused(*train(tiny_bert, reviews_file, "--method", "wishes"), says=("'wishes'", "dense, magnitude, pst"))
+    refused(*train(tiny_bert, reviews_file, "--method", "wishes"), says=("'wishes'", "dense, fixed_mask, magnitude"))
 
 
 def test_dimension_that_m_does_not_divide(refused: Refused, tiny_bert: Path, reviews_file: Path) -> None:
