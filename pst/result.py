@@ -36,21 +36,8 @@ def save_model(
     *shape* is *config* with the pattern and sparsity that the model came to have, where they were not the user's
     choice. *report* is what the run says of itself: metrics, seconds, steps.
     """
-    weights = [
-        {
-            "name": item.name,
-            "shape": list(item.weight.shape),
-            "axis": item.axis,
-            "density": int(torch.count_nonzero(item.weight)) / item.weight.numel(),
-        }
-        for item in (prunable_weights(model) if config.method != "dense" else [])
-    ]
     content = {
-        "schema_version": SCHEMA_VERSION,
-        "method": config.method,
-        "pattern": shape.pattern,
-        "sparsity": {"requested": shape.sparsity, "measured": measured_sparsity(weights)},
-        "weights": weights,
+        **sparsity_of(model, method=config.method, pattern=shape.pattern, requested=shape.sparsity or 0.0),
         "task": prepared.task,
         "max_length": prepared.max_length,
         "base_model": config.model,
@@ -69,6 +56,26 @@ def save_model(
         cast(Any, model).save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         write_json(partial / "sparsity.json", content)
+
+
+def sparsity_of(model: nn.Module, *, method: str, pattern: str, requested: float) -> dict[str, Any]:
+    """What sparsity.json says of the zeros of the merged *model*."""
+    weights = [
+        {
+            "name": item.name,
+            "shape": list(item.weight.shape),
+            "axis": item.axis,
+            "density": int(torch.count_nonzero(item.weight)) / item.weight.numel(),
+        }
+        for item in (prunable_weights(model) if method != "dense" else [])
+    ]
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "method": method,
+        "pattern": pattern,
+        "sparsity": {"requested": requested, "measured": measured_sparsity(weights)},
+        "weights": weights,
+    }
 
 
 def measured_sparsity(weights: list[dict[str, Any]]) -> float:
