@@ -77,6 +77,9 @@ class TrainConfig:
     sparsity_warmup: float = field(0.1, "fraction of the steps before the cubic ramp begins")
     sparsity_cooldown: float = field(0.3, "fraction of the steps after it ends")
 
+    calibration: int | None = field(
+        None, "pst: training rows from which each stage of the schedule makes up for what it prunes; 0 = it does not"
+    )
     mask_every: int = field(1, "steps between two choices of the masks; the published method chooses at every step")
 
     num_beams: int = field(10, "data_to_text: beams of the search that evaluation decodes with")
@@ -107,7 +110,7 @@ class TrainConfig:
             "eval_every": 0,
             "checkpoint_every": 0,
         }
-        at_least |= {"r1": 1, "r2": 1, "max_length": 3, "seed": 0}
+        at_least |= {"r1": 1, "r2": 1, "max_length": 3, "seed": 0, "calibration": 0}
         for name, lowest in at_least.items():
             value = getattr(self, name)
             if value is not None and value < lowest:
@@ -195,5 +198,6 @@ COMMON = {
     "alpha": "mean",
     "lr_update": 0.0,
     "lr_scores": 0.0,
+    "calibration": 0,
 }
 """Defaults for every method; a method's own DEFAULTS win."""

@@ -50,10 +50,13 @@ def updated_weight(W0: Tensor, U: Tensor, V: Tensor, beta: float) -> Tensor:
         return torch.addmm(W0, U, V, alpha=beta)
 
 
-def importance(W: Tensor, A: Tensor, B: Tensor, R: Tensor, C: Tensor, scales: Scales) -> Tensor:
-    """S = |W| + alpha1 A B + alpha2 (R 1' + 1 C'), shape (n, k)."""
+def importance(
+    W: Tensor, A: Tensor, B: Tensor, R: Tensor, C: Tensor, scales: Scales, *, Q: Tensor | None = None
+) -> Tensor:
+    """S = |W| + alpha1 A B + alpha2 (R 1' + 1 C'), shape (n, k); with *Q* (k), |W| Q in place of |W|."""
     with full_precision(W):
-        S = torch.addmm(W.abs(), A, B, alpha=scales.alpha1)
+        magnitude = W.abs() if Q is None else W.abs() * Q
+        S = torch.addmm(magnitude, A, B, alpha=scales.alpha1)
     S += scales.alpha2 * R.unsqueeze(1)
     S += scales.alpha2 * C
     return S

@@ -81,6 +81,8 @@ class MaskedMagnitude(MaskedWeight):
 class MaskedLowRank(MaskedWeight):
     """PST's masked weight: see pst/importance.py for the equations and the shapes."""
 
+    Q: Tensor  # (k) scale of each input, ones unless the weight was calibrated (pst/calibration.py)
+
     def __init__(
         self, weight: Tensor, *, axis: int, r1: int, r2: int, scales: Scales, generator: torch.Generator | None = None
     ) -> None:
@@ -98,11 +100,19 @@ class MaskedLowRank(MaskedWeight):
         self.U, self.V = normal(n, r2), zeros(r2, k)
         self.A, self.B = normal(n, r1), zeros(r1, k)
         self.R, self.C = zeros(n), zeros(k)
+        self.register_buffer("Q", torch.ones(k, dtype=weight.dtype, device=weight.device))
 
     def scores(self, weight: Tensor) -> Tensor:
-        """S = |W| + alpha1 A B + alpha2 (R 1' + 1 C'), (n, k)."""
+        """S = |W| Q + alpha1 A B + alpha2 (R 1' + 1 C'), (n, k)."""
         W = updated_weight(self.by_row(weight), self.U, self.V, self.scales.beta)
-        return importance(W, self.A, self.B, self.R, self.C, self.scales)
+        return importance(W, self.A, self.B, self.R, self.C, self.scales, Q=self.Q)
+
+    @torch.no_grad()
+    def fold_(self, weight: Tensor) -> None:
+        """Take the update up into *weight*, as stored: W0 := W0 + beta U V, V := 0."""
+        by_row = self.by_row(weight)
+        by_row.copy_(updated_weight(by_row, self.U, self.V, self.scales.beta))
+        self.V.zero_()
 
     def masked(self, weight: Tensor) -> Tensor:
         """M * (W0 + beta U V), with the straight-through gradient for A, B, R, C."""

@@ -20,6 +20,7 @@ from torch import nn
 
 from pst import checkpoint, memory, methods, tasks
 from pst.batches import training_rows
+from pst.calibration import Calibration
 from pst.config import TrainConfig
 from pst.distributed import Processes, processes
 from pst.errors import ConfigError, ModelError, RunError
@@ -125,6 +126,16 @@ def _train(
         warmup=config.sparsity_warmup,
         cooldown=config.sparsity_cooldown,
     )
+    calibration = None
+    if config.calibration and method is not None:
+        calibration = Calibration(
+            rows=rows,
+            count=config.calibration,
+            batch_size=config.batch_size,
+            seed=seed,
+            budget=config.budget,
+            final=schedule.final,
+        )
     if group.rank:  # dropout differs between processes; everything up to here was drawn alike
         torch.manual_seed(seed + 1_000_003 * group.rank)
 
@@ -144,6 +155,8 @@ def _train(
         if group.count != len(state["random"]):
             note(f"{len(state['random'])} processes made the checkpoint, {group.count} go on: dropout will differ.")
         first_step, spent, training = state["step"], state["seconds"], state["train_seconds"]
+        if calibration is not None:
+            calibration.level = state["level"]
         note(f"Resuming {output} at step {first_step} of {steps}.")
     elif resume:
         note(f"No checkpoint in {output}; starting from the first step.")
@@ -152,8 +165,11 @@ def _train(
         prepare_folder(output, config, first_step=first_step, steps=steps)
 
     def choose_masks(step: int, sparsity: float) -> None:
+        """Masks for the schedule's *sparsity*, which a calibrated run follows in stages."""
         try:
-            set_sparsity_(model, sparsity, budget=config.budget)
+            if calibration is not None and calibration.due(sparsity):
+                calibration(model, sparsity, step=step, device=device, group=group)
+            set_sparsity_(model, sparsity if calibration is None else calibration.level, budget=config.budget)
         except ModelError as error:  # scores that are not finite
             raise _diverged(step, output) from error
         group.share_masks_(model)
@@ -165,7 +181,7 @@ def _train(
     def save_checkpoint(step: int) -> None:
         _require_finite(trainable, step, output)
         content: dict[str, Any] = {"identity": identity, "seconds": spent + time.monotonic() - start}
-        content["train_seconds"] = training
+        content |= {"train_seconds": training, "level": None if calibration is None else calibration.level}
         content |= {"random": group.gather(checkpoint.random_state())}
         if group.first:
             content |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
@@ -195,9 +211,10 @@ def _train(
     ):
         for step, chosen in enumerate(batches, first_step):
             began = time.monotonic()
-            sparsity = schedule(step)
-            if method is not None and step % config.mask_every == 0:
-                choose_masks(step, sparsity)
+            chosen_at = step - step % config.mask_every
+            if method is not None and step == chosen_at:
+                choose_masks(step, schedule(step))
+            sparsity = calibration.level if calibration is not None else schedule(chosen_at)
             factor = _rate(step, steps, _given(config.lr_warmup))
             for one, rate in zip(optimizer.param_groups, base_rates, strict=True):
                 one["lr"] = rate * factor

@@ -128,7 +128,7 @@ def test_mask_and_sparsity_are_saved_with_the_weights() -> None:
     attached.update_mask_(weight, parse_pattern("2:4"), 0.5)
     fresh = low_rank(weight, seed=5)
     fresh.load_state_dict(attached.state_dict())
-    assert set(attached.state_dict()) == {*NAMES, "mask", "sparsity"}
+    assert set(attached.state_dict()) == {*NAMES, "Q", "mask", "sparsity"}
     assert torch.equal(fresh.mask, attached.mask)
     assert float(fresh.sparsity) == 0.5
     assert torch.equal(fresh(weight), attached(weight))

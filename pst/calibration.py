@@ -1,0 +1,117 @@
+"""Masks that know the inputs: at every stage of the schedule, what is pruned is made up for by what stays.
+
+A stage begins when the schedule asks for STEP fewer weights than the last one left, and at the final sparsity. Then
+
+    1. H = X'X is summed over some training rows, for the inputs X of each prunable weight, in evaluation mode;
+    2. each weight takes up its low-rank update: W0 := W0 + beta U V, V := 0;
+    3. masks are chosen with |W| Q in place of |W| (pst/compensation.py), at the stage's sparsity;
+    4. W0 becomes the compensated weight under its mask.
+
+So W0 is frozen for the gradient alone, and what U V learned in one stage does not count against its rank in the next.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from pst.compensation import compensate, input_scale
+from pst.distributed import Processes
+from pst.errors import ModelError
+from pst.masked_weight import MaskedLowRank
+from pst.sparsify import masked_weights, set_sparsity_
+from pst.tasks import Rows
+
+STEP = 0.2
+"""Share of the remaining weights that a stage removes, at least."""
+
+
+@dataclass(kw_only=True)
+class Calibration:
+    """The stages of one run."""
+
+    rows: Rows
+    count: int
+    """Training rows that each stage looks at."""
+    batch_size: int
+    seed: int
+    budget: Literal["local", "global"] | None
+    final: float
+    """The schedule's last sparsity."""
+    level: float = -1.0
+    """Sparsity of the present stage; below 0 before the first."""
+
+    def due(self, sparsity: float) -> bool:
+        """Whether a stage begins where the schedule is at *sparsity*."""
+        if self.level < 0:
+            return True
+        return self.level < sparsity and (sparsity >= self.final or 1 - sparsity <= (1 - STEP) * (1 - self.level))
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module, sparsity: float, *, step: int, device: torch.device, group: Processes) -> None:
+        """Begin the stage of *sparsity*. Raises ModelError where scores or inputs are not finite."""
+        self.level = sparsity
+        if sparsity == 0:
+            return
+        random = np.random.default_rng([self.seed, step])
+        chosen = random.choice(len(self.rows), size=min(self.count, len(self.rows)), replace=False)
+        lengths = self.rows.lengths()
+        share = group.share(sorted(chosen.tolist(), key=lambda row: (lengths[row], row)))
+        batches = [list(share[i : i + self.batch_size]) for i in range(0, len(share), self.batch_size)]
+        moments = input_moments(model, (self.rows.batch(rows) for rows in batches), device=device, group=group)
+        parts = [
+            (part, piece, moments[module])
+            for module, attached in masked_weights(model)
+            for part, piece in attached.matrices(cast(Any, module).parametrizations.weight.original)
+            if isinstance(part, MaskedLowRank)
+        ]
+        for part, piece, H in parts:
+            part.fold_(piece)
+            part.Q.copy_(input_scale(H))
+        set_sparsity_(model, sparsity, budget=self.budget)
+        group.share_masks_(model)
+        for part, piece, H in parts:
+            try:
+                part.by_row(piece).copy_(compensate(part.by_row(piece), H, part.mask))
+            except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
+                raise ModelError(
+                    f"The inputs of a prunable weight cannot be used ({error}): training diverged, or the model came "
+                    "so. Use a lower learning rate, another model, or --set calibration=0."
+                ) from error
+
+
+@torch.no_grad()
+def input_moments(model: nn.Module, batches: Any, *, device: torch.device, group: Processes) -> dict[nn.Module, Tensor]:
+    """H = X'X (k, k), float32, of each sparsified module's inputs, over the real tokens of all processes' *batches*."""
+    moments: dict[nn.Module, Tensor] = {}
+    mask = torch.empty(0)
+
+    def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0].float()
+        x = x[mask] if x.shape[:-1] == mask.shape else x.reshape(-1, x.shape[-1])  # (tokens, k)
+        moments[module].addmm_(x.T, x)
+
+    hooks = []
+    for module, attached in masked_weights(model):
+        weight = cast(Any, module).parametrizations.weight.original
+        k = weight.shape[attached.axis]
+        moments[module] = torch.zeros(k, k, dtype=torch.float32, device=device)
+        hooks.append(module.register_forward_pre_hook(add))
+    training = model.training
+    model.eval()
+    try:
+        with parametrize.cached():
+            for batch in batches:
+                inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
+                mask = inputs["attention_mask"].bool()
+                model(**inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.train(training)
+    for H in moments.values():
+        group.sum_(H)
+    return moments
