@@ -49,8 +49,6 @@ class TrainConfig:
         "local: the sparsity holds in each weight; global: over all of them, where scores compete; "
         "none: the method's own (soft_movement: global)",
     )
-    kernel: Literal["torch", "triton"] = field("torch", "what makes the masked weight: plain torch, or a fused kernel")
-
     teacher: str = field("", "model folder or hub id to distil from: a dense model trained on the same task")
     distill_weight: float = field(0.5, "share of the teacher's loss in the whole, from 0 to 1")
     distill_temperature: float = field(2.0, "softens both distributions of the teacher's loss")

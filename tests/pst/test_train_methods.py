@@ -115,3 +115,13 @@ def test_what_has_no_zeros_to_keep(tiny_bert: Path, sparse: Path, reviews_file: 
     with pytest.raises(PatternError, match=r"do not follow pattern 1:4"):
         train(options(sparse, reviews_file, method="fixed_mask", pattern="1:4"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_bfloat16_arithmetic(tiny_bert: Path, reviews_file: Path, tmp_path: Path) -> None:
+    train(options(tiny_bert, reviews_file, precision="bf16", pattern="2:4"), tmp_path / "low")
+    train(options(tiny_bert, reviews_file, pattern="2:4"), tmp_path / "full")
+    found = matrices(tmp_path / "low", "bert")
+    assert all(weight.dtype == torch.float32 and zeros(weight) == weight.numel() // 2 for weight in found.values())
+    losses = [[line["loss"] for line in log_lines(tmp_path / name)[:-1]] for name in ("low", "full")]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+    assert losses[0] != losses[1]
