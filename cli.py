@@ -368,14 +368,14 @@ def serve(
 
 @app.command(
     short_help="All of it on a real model and real reviews.",
-    epilog="Example: pst quickstart --sparsity 0.7",
+    epilog="Example: pst quickstart --sparsity 0.9",
 )
 def quickstart(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for everything it makes.")] = Path(
         "runs/quickstart"
     ),
     fresh: Annotated[bool, typer.Option("--fresh", help="Train again, even if --output holds trained models.")] = False,
-    sparsity: Annotated[float, typer.Option(help="Fraction of zeros of the sparse model.")] = 0.7,
+    sparsity: Annotated[float, typer.Option(help="Fraction of zeros of the sparse model.")] = 0.8,
     steps: Annotated[int, typer.Option(min=1, help="Training steps of each model.")] = 350,
 ) -> None:
     """The whole pipeline on a real model and real film reviews: a dense and a sparse MiniLM, side by side.
