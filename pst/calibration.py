@@ -81,6 +81,7 @@ class Calibration:
                     f"The inputs of a prunable weight cannot be used ({error}): training diverged, or the model came "
                     "so. Use a lower learning rate, another model, or --set calibration=0."
                 ) from error
+            group.share_(piece)
 
 
 @torch.no_grad()

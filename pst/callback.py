@@ -7,7 +7,8 @@ pst.save("sparse", tokenizer)    # or trainer.save_model, which leaves out spars
 
 The optimizer has to be the callback's, because scores, updates and the rest have learning rates of their own, which the
 Trainer's scheduler scales; ``learning_rate`` of the TrainingArguments is not used. The Trainer's checkpoints hold masks
-and low-rank tensors, and ``resume_from_checkpoint`` goes on with them.
+and low-rank tensors, and ``resume_from_checkpoint`` goes on with them. The calibration of ``pst train`` is
+not part of it.
 """
 
 from pathlib import Path

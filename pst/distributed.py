@@ -88,6 +88,14 @@ class Processes:
             _sum_together_(bucket)
 
     @torch.no_grad()
+    def share_(self, tensor: Tensor) -> None:
+        """Give every process the first one's *tensor*, in place."""
+        if self.count > 1:
+            whole = tensor.contiguous()
+            dist.broadcast(whole, src=0)
+            tensor.copy_(whole)
+
+    @torch.no_grad()
     def share_masks_(self, model: nn.Module) -> None:
         """Give every process the first one's masks."""
         if self.count > 1:

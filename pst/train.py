@@ -235,6 +235,7 @@ def _train(
             stopping = group.any(stopped(), device)
             if stopping or (config.checkpoint_every and done % config.checkpoint_every == 0 and done < steps):
                 save_checkpoint(done)
+                stopping = group.any(stopped(), device)  # the signal may have come just now
             if stopping:
                 raise InterruptedRun(f"Stopped at step {done} of {steps}; continue with --resume --output {output}.")
 

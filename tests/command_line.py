@@ -89,8 +89,12 @@ def interrupted_run(output: Path, *arguments: str | Path) -> None:
 
 
 def snapshot(folder: Path) -> dict[str, str]:
-    """Every path below *folder*, hidden ones too, with the hash of its content, or "folder"."""
+    """Every path below *folder*, hidden ones too, with the hash of its content, or "folder".
+
+    But TensorBoard's files, whose names hold the time.
+    """
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
         for path in sorted(folder.rglob("*"))
+        if "tensorboard" not in path.parts
     }
