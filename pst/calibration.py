@@ -16,13 +16,13 @@ from typing import Any, Literal, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from pst.compensation import compensate, input_scale
 from pst.distributed import Processes
 from pst.errors import ModelError
 from pst.masked_weight import MaskedLowRank
-from pst.sparsify import masked_weights, set_sparsity_
+from pst.materialize import masked_weights, materialized
+from pst.sparsify import set_sparsity_
 from pst.tasks import Rows
 
 STEP = 0.2
@@ -104,7 +104,7 @@ def input_moments(model: nn.Module, batches: Any, *, device: torch.device, group
     training = model.training
     model.eval()
     try:
-        with parametrize.cached():
+        with materialized(model):
             for batch in batches:
                 inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
                 mask = inputs["attention_mask"].bool()

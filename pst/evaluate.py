@@ -3,11 +3,11 @@
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 from pst import metrics
 from pst.batches import Encoded
 from pst.distributed import Processes
+from pst.materialize import materialized
 from pst.progress import progress
 
 
@@ -24,7 +24,7 @@ def predict(
     model.eval()
     order = processes.share(np.argsort(encoded.lengths(), kind="stable").tolist())
     logits: dict[int, np.ndarray[tuple[int, ...], np.dtype[np.float32]]] = {}
-    with parametrize.cached(), progress("evaluate", len(order)) as advance:
+    with materialized(model), progress("evaluate", len(order)) as advance:
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             batch = {name: value.to(device) for name, value in encoded.batch(rows).items() if name != "labels"}

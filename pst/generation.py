@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils import parametrize
 
 from pst.distributed import Processes
 from pst.errors import ConfigError
+from pst.materialize import materialized
 from pst.progress import progress
 from pst.quiet import quiet_transformers
 
@@ -42,7 +42,7 @@ def answer(
     order = processes.share(np.argsort([len(prompt) for prompt in prompts], kind="stable").tolist())
     size = max(1, min(batch_size, BEAMS // (model.generation_config.num_beams or 1)))
     answers: dict[int, str] = {}
-    with quiet_transformers(), parametrize.cached(), progress("answer", len(order)) as advance:
+    with quiet_transformers(), materialized(model), progress("answer", len(order)) as advance:
         for start in range(0, len(order), size):
             chosen = order[start : start + size]
             longest = max(len(prompts[index]) for index in chosen)

@@ -25,12 +25,15 @@ class MaskedWeight(nn.Module, ABC):
     """What ``set_sparsity_`` does when it is not told, and the pattern allows it."""
     fixed: bool = False
     """Whether the mask stays as it was made, whatever the schedule says."""
+    made: Tensor | None = None
+    """The masked weight in the module's storage, where it was made ahead together with others (pst/materialize.py)."""
 
     def __init__(self, weight: Tensor, *, axis: int) -> None:
         """For *weight* as the module stores it: (n, k) with axis 1, (k, n) with axis 0."""
         super().__init__()
         self.axis = axis
-        self.register_buffer("mask", torch.ones_like(self.by_row(weight), dtype=torch.bool))
+        shape = self.by_row(weight).shape
+        self.register_buffer("mask", torch.ones(shape, dtype=torch.bool, device=weight.device))
         self.register_buffer("sparsity", torch.zeros((), dtype=torch.float64, device=weight.device))
 
     def by_row(self, weight: Tensor) -> Tensor:
@@ -51,6 +54,8 @@ class MaskedWeight(nn.Module, ABC):
 
     def forward(self, weight: Tensor) -> Tensor:
         """The masked weight in the storage of *weight*."""
+        if self.made is not None:
+            return self.made
         return self.by_row(self.masked(self.by_row(weight))).contiguous()
 
     def matrices(self, weight: Tensor) -> list[tuple["MaskedWeight", Tensor]]:
@@ -125,6 +130,9 @@ class MaskedLowRank(MaskedWeight):
 class FusedMaskedWeight(nn.Module):
     """Several matrices side by side along the output axis, each with a mask of its own (GPT-2's c_attn: q, k, v)."""
 
+    made: Tensor | None = None
+    """As in MaskedWeight: all of them."""
+
     def __init__(self, parts: Sequence[MaskedWeight], *, axis: int) -> None:
         """*parts* in the order in which they lie along the output axis."""
         super().__init__()
@@ -138,6 +146,8 @@ class FusedMaskedWeight(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """The masked matrices, side by side again."""
+        if self.made is not None:
+            return self.made
         return torch.cat([part(piece) for part, piece in self.matrices(weight)], dim=1 - self.axis)
 
     @torch.no_grad()

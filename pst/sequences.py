@@ -15,11 +15,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from pst.distributed import Processes
 from pst.errors import ModelError
 from pst.loading import first_line, load_config, load_tokenizer
+from pst.materialize import materialized
 from pst.objective import IGNORED, next_token
 from pst.progress import progress
 from pst.quiet import quiet_transformers
@@ -83,7 +83,7 @@ def token_loss(
     order = processes.share(np.argsort(lengths, kind="stable").tolist())
     size = max(1, min(batch_size, TOKENS // int(lengths.max())))
     total = 0.0
-    with parametrize.cached(), progress("evaluate", len(order)) as advance:
+    with materialized(model), progress("evaluate", len(order)) as advance:
         for start in range(0, len(order), size):
             batch = {name: value.to(device) for name, value in rows.batch(order[start : start + size]).items()}
             labels = batch.pop("labels")

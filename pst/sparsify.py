@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from pst import kernels, patterns
 from pst.budget import allocate
 from pst.errors import ModelError, PatternError
 from pst.masked_weight import FusedMaskedWeight, MaskedWeight
+from pst.materialize import attach_hooks_, detach_hooks_, masked_weights, materialized, scores_together
 from pst.methods import Method
 from pst.methods.pst import PST
 from pst.models import Architecture, architecture
@@ -105,6 +107,7 @@ def sparsify_(
         parametrize.register_parametrization(item.module, "weight", attached)
         cast(Any, item.module).parametrizations.weight.original.requires_grad_(method.trains_original)
     setattr(model, _PATTERN, pattern)
+    attach_hooks_(model)
     return weights
 
 
@@ -135,15 +138,6 @@ def _check_fixed(weights: list[PrunableWeight], masked: list[list[MaskedWeight]]
             )
 
 
-def masked_weights(model: nn.Module) -> Iterator[tuple[nn.Module, MaskedWeight | FusedMaskedWeight]]:
-    """Every sparsified module of *model*, with what was attached to its weight."""
-    for module in model.modules():
-        if parametrize.is_parametrized(module, "weight"):
-            attached = cast(Any, module).parametrizations.weight[0]
-            if isinstance(attached, MaskedWeight | FusedMaskedWeight):
-                yield module, attached
-
-
 @torch.no_grad()
 def set_sparsity_(model: nn.Module, sparsity: float, *, budget: Literal["local", "global"] | None = None) -> None:
     """Choose every mask of *model* anew from the present scores, with *sparsity* of its entries False.
@@ -170,24 +164,51 @@ def set_sparsity_(model: nn.Module, sparsity: float, *, budget: Literal["local",
     if budget is None:
         shares = isinstance(pattern, SharingPattern) and any(part.budget == "global" for _, part, _ in found)
         budget = "global" if shares else "local"
-    if budget == "local":
+    requested = achieved = [sparsity] * len(found)
+    if budget == "global":
+        shared, units = sharing(pattern), []
         for module, part, piece in found:
             with _naming(model, module):
-                part.update_mask_(piece, pattern, sparsity)
-        return
-    shared = sharing(pattern)
-    units = []
-    for module, part, piece in found:
-        with _naming(model, module):
-            units.append(shared.units(part.common_scores(piece), axis=1).reshape(-1))
-            if not bool(torch.isfinite(units[-1]).all()):
-                raise ValueError("scores hold NaN or infinity")
-    sizes = [each.numel() for each in units]
-    counts = allocate(units, sparsity)
-    del units  # as large as all weights
-    for (_, part, piece), size, count in zip(found, sizes, counts, strict=True):
-        part.update_mask_(piece, pattern, (count + 0.5) / size)  # the half keeps int(size s) from rounding below count
-        part.sparsity.fill_(count / size)
+                units.append(shared.units(part.common_scores(piece), axis=1).reshape(-1))
+                if not bool(torch.isfinite(units[-1]).all()):
+                    raise ValueError("scores hold NaN or infinity")
+        sizes = [each.numel() for each in units]
+        counts = allocate(units, sparsity)
+        del units  # as large as all weights
+        requested = [(count + 0.5) / size for count, size in zip(counts, sizes, strict=True)]
+        achieved = [count / size for count, size in zip(counts, sizes, strict=True)]  # the half keeps int(size s) exact
+    if kernels.usable(found[0][2].device):
+        _choose_together_(model, found, pattern, requested)
+    else:
+        for (module, part, piece), wanted in zip(found, requested, strict=True):
+            with _naming(model, module):
+                part.update_mask_(piece, pattern, wanted)
+    _note_(found, achieved)
+
+
+_Found = list[tuple[nn.Module, MaskedWeight, Tensor]]
+
+
+def _choose_together_(model: nn.Module, found: _Found, pattern: Pattern, sparsities: list[float]) -> None:
+    """All masks at once, from all scores at once: as ``update_mask_`` of each, in a few launches on a GPU."""
+    ready = scores_together(model)
+    every = [ready[part] if part in ready else part.scores(piece) for _, part, piece in found]
+    try:
+        masks = patterns.masks(pattern, every, sparsities)
+    except ValueError:
+        for (module, _, _), scores in zip(found, every, strict=True):
+            with _naming(model, module):
+                if not bool(torch.isfinite(scores).all()):
+                    raise
+        raise
+    torch._foreach_copy_([part.mask for _, part, _ in found], masks)
+
+
+def _note_(found: _Found, sparsities: list[float]) -> None:
+    """Write down the sparsity that each mask was made for."""
+    buffers = [part.sparsity for _, part, _ in found]
+    torch._foreach_zero_(buffers)
+    torch._foreach_add_(buffers, sparsities)
 
 
 @contextmanager
@@ -211,6 +232,11 @@ def merge_(model: nn.Module) -> None:
     if getattr(model, _PATTERN, None) is None:
         raise ModelError("The model has no masks to merge; call sparsify_ first.")
     with torch.no_grad():
-        for module, _ in list(masked_weights(model)):
-            parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+        with materialized(model):
+            made = [(module, cast(Any, module).weight) for module, _ in masked_weights(model)]
+        while made:
+            module, weight = made.pop()
+            parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+            cast(Any, module).weight.copy_(weight)
+    detach_hooks_(model)
     delattr(model, _PATTERN)

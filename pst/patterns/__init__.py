@@ -9,6 +9,7 @@ Importing this package needs numpy alone; torch is used only by ``mask``, on ten
 
 import importlib
 import pkgutil
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -41,6 +42,21 @@ class Pattern(Protocol):
 
     def check(self, shape: tuple[int, ...], *, axis: int, name: str) -> None:
         """Raise PatternError when a weight of this *shape*, called *name* in the message, cannot hold the pattern."""
+
+
+@runtime_checkable
+class BatchPattern(Pattern, Protocol):
+    """A pattern that chooses the masks of many matrices in a few launches, where a GPU waits for launches."""
+
+    def masks(self, scores: "Sequence[Tensor]", sparsities: Sequence[float]) -> "list[Tensor]":
+        """As ``mask`` of each of *scores* with axis 1, all on one device, at its sparsity."""
+
+
+def masks(pattern: Pattern, scores: "Sequence[Tensor]", sparsities: Sequence[float]) -> "list[Tensor]":
+    """The mask of each of *scores* (n, k), whose axis 1 is the reduction axis, at its sparsity; see Pattern.mask."""
+    if isinstance(pattern, BatchPattern):
+        return pattern.masks(scores, sparsities)
+    return [pattern.mask(each, sparsity, axis=1) for each, sparsity in zip(scores, sparsities, strict=True)]
 
 
 @runtime_checkable

@@ -9,6 +9,7 @@ what A, B, R, C share between tiles.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -39,14 +40,21 @@ class Block:
 
     def mask(self, scores: "Tensor", sparsity: float, *, axis: int) -> "Tensor":
         """See Pattern.mask: int(tiles * s) tiles of the lowest mean score go. Ties: the lower flat index stays."""
-        from pst.patterns._select import prune_lowest
-
-        check_sparsity(sparsity)
-        self.check(tuple(scores.shape), axis=axis, name="scores")
-        pooled = self.units(scores, axis=axis)
-        keep = prune_lowest(pooled, int(pooled.numel() * sparsity))
-        mask = keep.repeat_interleave(self.rows, 0).repeat_interleave(self.columns, 1)
+        by_row = scores if axis == 1 else scores.T
+        (mask,) = self.masks([by_row], [sparsity])
         return mask if axis == 1 else mask.T.contiguous()
+
+    def masks(self, scores: "Sequence[Tensor]", sparsities: Sequence[float]) -> "list[Tensor]":
+        """See BatchPattern.masks."""
+        from pst.patterns._select import prune_lowest_each
+
+        for each, sparsity in zip(scores, sparsities, strict=True):
+            check_sparsity(sparsity)
+            self.check(tuple(each.shape), axis=1, name="scores")
+        pooled = [self.units(each, axis=1) for each in scores]
+        counts = [int(each.numel() * sparsity) for each, sparsity in zip(pooled, sparsities, strict=True)]
+        kept = prune_lowest_each(pooled, counts)
+        return [keep.repeat_interleave(self.rows, 0).repeat_interleave(self.columns, 1) for keep in kept]
 
     def units(self, scores: "Tensor", *, axis: int) -> "Tensor":
         """See SharingPattern.units: the mean score of each tile, (n / rows, k / columns)."""

@@ -4,6 +4,7 @@
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -42,26 +43,23 @@ class NM:
 
     def mask(self, scores: "Tensor", sparsity: float, *, axis: int) -> "Tensor":
         """See Pattern.mask. Ties: the lower index along the axis stays. Sparsity is at most 1 - n/m."""
-        import torch
-
-        check_sparsity(sparsity)
-        final = 1 - self.n / self.m
-        if sparsity > final + 1e-9:
-            raise PatternError(f"Pattern {self.spec} has sparsity {final:g}; {sparsity:g} was asked for.")
-        self.check(tuple(scores.shape), axis=axis, name="scores")
-        by_row = scores.detach() if axis == 1 else scores.detach().T
-        if not bool(torch.isfinite(by_row).all()):
-            raise ValueError("scores hold NaN or infinity")
-        groups = by_row.reshape(by_row.shape[0], -1, self.m)  # (n, k / M, M)
-        keep = _rank(groups) < self.n
-        switched = int(groups.shape[0] * groups.shape[1] * min(sparsity / final, 1.0))
-        if switched < keep[..., 0].numel():
-            from pst.patterns._select import prune_lowest
-
-            lost = torch.where(keep, torch.zeros_like(groups), groups).sum(-1)  # (n, k / M)
-            keep |= prune_lowest(lost, switched).unsqueeze(-1)
-        mask = keep.reshape(by_row.shape)
+        by_row = scores if axis == 1 else scores.T
+        (mask,) = self.masks([by_row], [sparsity])
         return mask if axis == 1 else mask.T.contiguous()
+
+    def masks(self, scores: "Sequence[Tensor]", sparsities: Sequence[float]) -> "list[Tensor]":
+        """See BatchPattern.masks."""
+        from pst.patterns._select import keep_n_of_m
+
+        final = 1 - self.n / self.m
+        switched = []
+        for each, sparsity in zip(scores, sparsities, strict=True):
+            check_sparsity(sparsity)
+            if sparsity > final + 1e-9:
+                raise PatternError(f"Pattern {self.spec} has sparsity {final:g}; {sparsity:g} was asked for.")
+            self.check(tuple(each.shape), axis=1, name="scores")
+            switched.append(int(each.numel() // self.m * min(sparsity / final, 1.0)))
+        return keep_n_of_m(scores, self.n, self.m, switched)
 
     def holds(self, weight: "np.ndarray[Any, Any]", *, axis: int) -> bool:
         """Whether every group of m along *axis* has at most n non-zeros; False where the length is not divisible."""
@@ -78,23 +76,6 @@ class NM:
                 f"{name} has {shape[axis]} weights along its input axis, which {self.m} does not divide; "
                 f"pattern {self.spec} cannot hold there. Use --pattern unstructured, or an N:M whose M divides it."
             )
-
-
-def _rank(groups: "Tensor") -> "Tensor":
-    """Position of each entry in its group's descending order, (..., M) int8; of equal entries the first ranks higher.
-
-    m * (m - 1) comparisons beat a sort of many tiny groups, and give the same answer on every device.
-    """
-    import torch
-
-    m = groups.shape[-1]
-    rank = torch.zeros_like(groups, dtype=torch.int8)
-    for i in range(m):
-        for j in range(m):
-            if j != i:
-                ahead = groups[..., j] >= groups[..., i] if j < i else groups[..., j] > groups[..., i]
-                rank[..., i] += ahead
-    return rank
 
 
 def parse(spec: str) -> NM | None:

@@ -1,5 +1,6 @@
 """Unstructured: the int(n k s) entries of lowest score go, wherever they are."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,14 @@ class Unstructured:
 
         check_sparsity(sparsity)
         return prune_lowest(scores, int(scores.numel() * sparsity))
+
+    def masks(self, scores: "Sequence[Tensor]", sparsities: Sequence[float]) -> "list[Tensor]":
+        """See BatchPattern.masks."""
+        from pst.patterns._select import prune_lowest_each
+
+        for sparsity in sparsities:
+            check_sparsity(sparsity)
+        return prune_lowest_each(scores, [int(each.numel() * s) for each, s in zip(scores, sparsities, strict=True)])
 
     def units(self, scores: "Tensor", *, axis: int) -> "Tensor":
         """See SharingPattern.units: every entry by itself."""

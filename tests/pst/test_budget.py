@@ -12,12 +12,13 @@ from transformers import BertForSequenceClassification, GPT2ForSequenceClassific
 from pst.budget import FLOOR, _kth_by_bisection, _kth_by_partition, allocate
 from pst.errors import ModelError, PatternError
 from pst.masked_weight import MaskedWeight
+from pst.materialize import masked_weights
 from pst.methods import Method
 from pst.methods.magnitude import Magnitude
 from pst.methods.movement import Movement
 from pst.methods.pst import PST
 from pst.patterns import parse_pattern, sharing
-from pst.sparsify import masked_weights, merge_, prunable_weights, set_sparsity_, sparsify_
+from pst.sparsify import merge_, prunable_weights, set_sparsity_, sparsify_
 from tests.pst.oracle import keep_in_all
 
 Load = Callable[[str], nn.Module]

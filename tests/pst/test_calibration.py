@@ -14,8 +14,9 @@ from pst.calibration import Calibration, input_moments
 from pst.compensation import compensate, input_scale
 from pst.distributed import Processes
 from pst.importance import updated_weight
+from pst.materialize import masked_weights
 from pst.patterns import parse_pattern
-from pst.sparsify import masked_weights, prunable_weights, set_sparsity_, sparsify_
+from pst.sparsify import prunable_weights, set_sparsity_, sparsify_
 from pst.tasks import prepare
 from pst.train import InterruptedRun, train
 from tests.pst.training import options, weights

@@ -10,11 +10,12 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from pst.callback import PSTCallback
 from pst.errors import ConfigError, ModelError, PatternError
+from pst.materialize import masked_weights
 from pst.methods.magnitude import Magnitude
 from pst.methods.pst import PST
 from pst.patterns import parse_pattern
 from pst.schedule import CubicSchedule
-from pst.sparsify import masked_weights, merge_, prunable_weights, set_sparsity_, sparsify_
+from pst.sparsify import merge_, prunable_weights, set_sparsity_, sparsify_
 
 STEPS, ROWS = 10, 4
 

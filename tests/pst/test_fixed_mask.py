@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from transformers import BertForSequenceClassification, GPT2ForSequenceClassification
 
 from pst.errors import ModelError, PatternError
+from pst.materialize import masked_weights
 from pst.methods.fixed_mask import FixedMask, MaskedUpdate, settled
 from pst.methods.magnitude import Magnitude
 from pst.patterns import parse_pattern
-from pst.sparsify import masked_weights, merge_, prunable_weights, set_sparsity_, sparsify_
+from pst.sparsify import merge_, prunable_weights, set_sparsity_, sparsify_
 from tests.pst.oracle import Net
 
 PATTERNS = [("unstructured", 0.9), ("2:4", 0.5), ("4:8", 0.5), ("block:4x4", 0.7)]
@@ -86,7 +87,8 @@ def test_every_zero_outlives_training_and_merging(
         weight, old = item.weight.detach(), before[item.name]
         assert torch.equal(weight == 0, old == 0)
         assert not torch.signbit(weight[weight == 0]).any()
-        assert float((weight != old)[old != 0].double().mean()) > 0.99  # all that was not zero has moved
+        moved = (weight != old)[old != 0].double().mean()
+        assert float(moved) > 0.95  # but where a block of zeros in the keys leaves a query without gradient
         for matrix in item.matrices():
             assert parse_pattern(pattern).holds(matrix.numpy(), axis=item.axis)
 

@@ -14,11 +14,12 @@ from pst import methods
 from pst.config import TrainConfig
 from pst.errors import ConfigError
 from pst.masked_weight import MaskedLowRank
+from pst.materialize import masked_weights
 from pst.methods import Method
 from pst.methods.magnitude import Magnitude
 from pst.methods.pst import PST
 from pst.schedule import CubicSchedule
-from pst.sparsify import masked_weights, merge_, set_sparsity_, sparsify_
+from pst.sparsify import merge_, set_sparsity_, sparsify_
 from tests.pst.oracle import NAMES, Net, OracleLinear, keep_blocks, keep_highest, keep_n_of_m
 
 LOW_RANK = tuple(f".{name}" for name in NAMES)

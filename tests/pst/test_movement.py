@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from pst.budget import FLOOR
 from pst.masked_weight import FusedMaskedWeight
+from pst.materialize import masked_weights
 from pst.methods.movement import MaskedMovement, Movement, MovementWeight
 from pst.methods.soft_movement import MaskedSoftMovement, SoftMovement
 from pst.patterns import parse_pattern
 from pst.schedule import CubicSchedule
-from pst.sparsify import masked_weights, merge_, set_sparsity_, sparsify_
+from pst.sparsify import merge_, set_sparsity_, sparsify_
 from tests.pst.oracle import Net, OracleMovement, keep_blocks, keep_highest, keep_in_all, keep_n_of_m
 
 METHODS = [Movement(lr=2e-2, lr_scores=5e-2), SoftMovement(lr=2e-2, lr_scores=5e-2)]

@@ -13,11 +13,12 @@ from transformers.pytorch_utils import Conv1D
 
 from pst.errors import ModelError, PatternError
 from pst.masked_weight import FusedMaskedWeight, MaskedWeight
+from pst.materialize import masked_weights
 from pst.methods import Method
 from pst.methods.magnitude import Magnitude
 from pst.methods.pst import PST
 from pst.patterns import parse_pattern
-from pst.sparsify import PrunableWeight, masked_weights, merge_, prunable_weights, set_sparsity_, sparsify_
+from pst.sparsify import PrunableWeight, merge_, prunable_weights, set_sparsity_, sparsify_
 
 PATTERNS = [("unstructured", 0.9), ("2:4", 0.5), ("2:4", 0.2), ("block:4x4", 0.7)]
 MODELS = ["bert", "gpt2"]

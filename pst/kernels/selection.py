@@ -1,0 +1,187 @@
+# mypy: disable-error-code="no-untyped-def, misc, no-untyped-call, untyped-decorator"
+"""Exact selection in many matrices at once: radix selection instead of a sort, and N:M within registers.
+
+The scores of all matrices lie one behind the other. Read as an unsigned integer KEY whose order is theirs, the count-th
+lowest score of a segment is found one byte a pass, from the highest: each pass counts, among the keys that share the
+bytes found so far, how many have which next byte. Ties are settled by four passes more over the index, which begin and
+end at once where there is none: of equal scores the lower index stays, so the count is exact.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+SPAN = 8192
+"""Scores that one program counts."""
+STATE = tl.constexpr(5)
+"""Of each segment, int64: key found so far, entries to go, of how many, index key found, settled (2: nothing goes)."""
+
+
+@triton.jit
+def _key(score):
+    """uint32 in the order of float32; -0.0 equals 0.0."""
+    bits = (score + 0.0).to(tl.int32, bitcast=True)
+    bits = tl.where(bits == -2147483648, 0, bits)
+    flipped = tl.where(bits < 0, bits ^ -1, bits ^ -2147483648)
+    return flipped.to(tl.uint32, bitcast=True).to(tl.int64)
+
+
+@triton.jit
+def _count_kernel(
+    scores, segments, starts, offsets, state, counts, bad, SHIFT: tl.constexpr, TIES: tl.constexpr,
+    CHECK: tl.constexpr, SPAN: tl.constexpr,
+):  # fmt: skip
+    """Add to counts (segments, 256) how many keys of this span have which byte at SHIFT, among those still in question.
+
+    TIES: the key is the inverted index, of the entries whose score has the key that was found.
+    """
+    program = tl.program_id(0)
+    segment = tl.load(segments + program).to(tl.int64)
+    begin, end = tl.load(offsets + segment), tl.load(offsets + segment + 1)
+    settled = tl.load(state + segment * STATE + 4)
+    if settled == 0:
+        at = tl.load(starts + program) + tl.arange(0, SPAN)
+        inside = at < end
+        score = tl.load(scores + at, mask=inside, other=0.0)
+        if CHECK:
+            finite = tl.abs(score) < float("inf")  # False for NaN
+            if tl.sum(tl.where(inside & (finite == 0), 1, 0)) > 0:
+                tl.store(bad, 1)
+        key = _key(score)
+        found = tl.load(state + segment * STATE)
+        if TIES:
+            inside = inside & (key == found)
+            key = 4294967295 - (at - begin)
+            found = tl.load(state + segment * STATE + 3)
+        if SHIFT < 24:
+            inside = inside & ((key >> (SHIFT + 8)) == (found >> (SHIFT + 8)))
+        if tl.sum(inside.to(tl.int32)) > 0:
+            digit = ((key >> SHIFT) & 255).to(tl.int32)
+            digit = tl.where(inside, digit, 256)
+            histogram = tl.histogram(digit, 512)
+            bins = tl.arange(0, 512)
+            tl.atomic_add(counts + segment * 256 + bins, histogram, mask=(bins < 256) & (histogram > 0), sem="relaxed")
+
+
+@triton.jit
+def _choose_kernel(state, counts, SHIFT: tl.constexpr, TIES: tl.constexpr):
+    """The byte at SHIFT of the count-th lowest key of one segment; the counts go back to zero."""
+    segment = tl.program_id(0).to(tl.int64)
+    row = state + segment * STATE
+    if tl.load(row + 4) == 0:
+        bins = tl.arange(0, 256)
+        count = tl.load(counts + segment * 256 + bins)
+        tl.store(counts + segment * 256 + bins, tl.zeros_like(count))
+        upto = tl.cumsum(count, 0)
+        wanted = tl.load(row + 1)
+        digit = tl.sum((upto < wanted).to(tl.int32), 0)
+        before = tl.sum(tl.where(bins < digit, count, 0), 0)
+        among = tl.sum(tl.where(bins == digit, count, 0), 0)
+        field = 3 if TIES else 0
+        tl.store(row + field, tl.load(row + field) + (digit.to(tl.int64) << SHIFT))
+        tl.store(row + 1, wanted - before)
+        tl.store(row + 2, among.to(tl.int64))
+        if SHIFT == 0:
+            if TIES:
+                tl.store(row + 4, 1)
+            elif wanted - before == among:  # all that are equal go
+                tl.store(row + 3, 4294967295)
+                tl.store(row + 4, 1)
+
+
+@triton.jit
+def _keep_kernel(scores, segments, starts, offsets, state, keep, SPAN: tl.constexpr):
+    program = tl.program_id(0)
+    segment = tl.load(segments + program).to(tl.int64)
+    begin, end = tl.load(offsets + segment), tl.load(offsets + segment + 1)
+    at = tl.load(starts + program) + tl.arange(0, SPAN)
+    key = _key(tl.load(scores + at, mask=at < end, other=0.0))
+    found, index = tl.load(state + segment * STATE), tl.load(state + segment * STATE + 3)
+    nothing = tl.load(state + segment * STATE + 4) == 2
+    goes = (key < found) | ((key == found) & (4294967295 - (at - begin) <= index))
+    tl.store(keep + at, (nothing | (goes == 0)).to(tl.int8), mask=at < end)
+
+
+@triton.jit
+def _n_of_m_kernel(
+    scores, keep, lost, bad, groups, N: tl.constexpr, M: tl.constexpr, PADDED: tl.constexpr, GROUPS: tl.constexpr,
+    LOST: tl.constexpr,
+):  # fmt: skip
+    """keep: the N highest of every M scores, of equal ones the first; lost: the sum of the others."""
+    group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
+    member = tl.arange(0, PADDED)
+    at = group[:, None] * M + member[None, :]
+    inside = (group[:, None] < groups) & (member[None, :] < M)
+    score = tl.load(scores + at, mask=inside, other=float("-inf"))
+    finite = tl.abs(score) < float("inf")
+    if tl.sum(tl.where(inside & (finite == 0), 1, 0)) > 0:
+        tl.store(bad, 1)
+    higher = score[:, None, :] > score[:, :, None]
+    ahead = (score[:, None, :] == score[:, :, None]) & (member[None, None, :] < member[None, :, None])
+    rank = tl.sum((higher | ahead).to(tl.int32), 2)
+    kept = rank < N
+    tl.store(keep + at, kept.to(tl.int8), mask=inside)
+    if LOST:
+        gone = tl.sum(tl.where(inside & (kept == 0), score, 0.0), 1)
+        tl.store(lost + group, gone, mask=group < groups)
+
+
+class Segments:
+    """Where the segments of a flat tensor lie, as tables; made once for the same lengths."""
+
+    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+        """For segments of *lengths*, one behind the other."""
+        self.lengths, self.device = list(lengths), device
+        offsets, segments, starts = [0], [], []
+        for segment, length in enumerate(lengths):
+            first = range(offsets[-1], offsets[-1] + length, SPAN)
+            segments += [segment] * len(first)
+            starts += list(first)
+            offsets.append(offsets[-1] + length)
+        self.total = offsets[-1]
+        self.offsets = torch.tensor(offsets, dtype=torch.int64).to(device)
+        self.segments = torch.tensor(segments, dtype=torch.int32).to(device)
+        self.starts = torch.tensor(starts, dtype=torch.int64).to(device)
+
+
+def keep_highest(flat: Tensor, segments: Segments, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Masks in which exactly counts[i] entries of segment i, those of its lowest scores, are False.
+
+    flat: (segments.total,) float32. Returns the masks, (segments.total,) bool, and a flag (1,) int32 on the device that
+    is not 0 where a score is NaN or infinite and the masks mean nothing. Of equal scores the lower index stays.
+    """
+    device, number = flat.device, len(segments.lengths)
+    begin = [[0, count, 0, 0, 0 if count > 0 else 2] for count in counts]
+    state = torch.tensor(begin, dtype=torch.int64).to(device, non_blocking=True)
+    bins = torch.zeros(number * 256, dtype=torch.int32, device=device)
+    bad = torch.zeros(1, dtype=torch.int32, device=device)
+    keep = torch.empty(segments.total, dtype=torch.bool, device=device)
+    where = (flat, segments.segments, segments.starts, segments.offsets, state)
+    grid = (len(segments.segments),)
+    if min(counts, default=1) <= 0:  # a segment that loses nothing is not looked at, and may hold NaN
+        bad |= ~torch.isfinite(flat).all()
+    for ties in (False, True):
+        for shift in (24, 16, 8, 0):
+            _count_kernel[grid](*where, bins, bad, shift, ties, not ties and shift == 24, SPAN)
+            _choose_kernel[(number,)](state, bins, shift, ties)
+    _keep_kernel[grid](*where, keep, SPAN)
+    return keep, bad
+
+
+def keep_n_of_m(flat: Tensor, n: int, m: int, *, lost: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The masks that keep the *n* highest of every *m* consecutive scores; of equal ones the first stays.
+
+    flat: (groups * m,) float32. Returns masks (groups * m,) bool, the flag as of keep_highest, and, if *lost*, the sum
+    of the scores that each group loses, (groups,) float32.
+    """
+    groups = flat.numel() // m
+    padded = 1 << (m - 1).bit_length()
+    at_once = max(1, 4096 // padded**2)
+    keep = torch.empty(flat.numel(), dtype=torch.bool, device=flat.device)
+    bad = torch.zeros(1, dtype=torch.int32, device=flat.device)
+    gone = torch.empty(groups if lost else 1, dtype=torch.float32, device=flat.device)
+    _n_of_m_kernel[(triton.cdiv(groups, at_once),)](flat, keep, gone, bad, groups, n, m, padded, at_once, lost)
+    return keep, bad, gone if lost else None
