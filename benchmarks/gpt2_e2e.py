@@ -17,17 +17,16 @@ test rows: every run ends with its last step.
 """
 
 import argparse
-import re
 import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.reports import report_path
 from pst import tables
 from pst.compare.environment import environment
 from pst.config import TrainConfig
@@ -77,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
             rows.append(run(name, dense, sets=sets, **flags)[0])
     print(_table(rows))
     machine = environment(command=shlex.join(["python", "-m", "benchmarks.gpt2_e2e", *options.given]), jobs=1)
-    report = options.report or _report_path(machine, options.device)
+    report = options.report or report_path("gpt2_e2e", machine, device=options.device)
     write_json(report, {"environment": machine, "model": sizes, "results": rows})
     print(f"Written to {report}.")
     return report
@@ -152,13 +151,6 @@ def _table(rows: list[dict[str, Any]]) -> str:
             f"{row['loss_validation']:>7.4f} {row['trainable_parameters']:>12,} {row['seconds']:>9.1f}"
         )
     return "\n".join(lines)
-
-
-def _report_path(machine: dict[str, Any], device: str) -> Path:
-    on_gpu = machine["gpus"] and device != "cpu"
-    named = re.sub(r"^NVIDIA\s+", "", machine["gpus"][0]).split()[0] if on_gpu else "cpu"
-    month = datetime.now(UTC).strftime("%Y%m")
-    return Path(__file__).parent / f"gpt2_e2e_{named.lower()}_{month}.json"
 
 
 if __name__ == "__main__":
