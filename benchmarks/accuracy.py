@@ -1,6 +1,6 @@
 """The accuracy of every method on several data sets, from the same model, in one table.
 
-    python -m benchmarks.accuracy --model M --data shared/data/cola shared/data/sst2 shared/data/mrpc \\
+    python -m benchmarks.accuracy --model M --data data/cola data/sst2 data/mrpc \\
         --output runs/accuracy --seeds 3 --jobs 8 --datasets-at-once 3 --set precision=bf16 --set-for mrpc steps=600
 
 Each data set is a comparison as ``pst compare`` makes it, in OUTPUT/NAME, NAME being the last part of its path:

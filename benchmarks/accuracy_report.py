@@ -188,7 +188,10 @@ def _notes(reports: Mapping[str, dict[str, Any]]) -> list[str]:
         values = {name: report["options"][option] for name, report in reports.items()}
         if any(value != next(iter(values.values())) for value in values.values()):
             notes.append(f"The comparisons differ in {option}: {', '.join(f'{k} {v}' for k, v in values.items())}.")
-    return [*notes, *(f"{name}: {sentence}" for name, report in reports.items() for sentence in report["notes"])]
+    every = [said for report in reports.values() for said in report["notes"] if not said.startswith("Failed: ")]
+    common = [said for said in dict.fromkeys(every) if every.count(said) == len(reports) > 1]
+    own = (f"{name}: {said}" for name, report in reports.items() for said in report["notes"] if said not in common)
+    return [*notes, *common, *own]
 
 
 def _signed(difference: Difference) -> str:

@@ -236,6 +236,10 @@ def test_what_no_table_can_hold() -> None:
         build({"one": without}, metrics={}, environment={})
 
 
-def test_different_options_are_said() -> None:
-    content = build({"one": comparison(FIRST), "two": comparison(SECOND, model="n")}, metrics={}, environment={})
-    assert content["notes"][0] == "The comparisons differ in model: one m, two n."
+def test_different_options_are_said_and_what_holds_for_all_is_said_once() -> None:
+    one, two = comparison(FIRST), comparison(SECOND, model="n")
+    for report in (one, two):
+        report["notes"].append("All had a teacher.")
+    content = build({"one": one, "two": two}, metrics={}, environment={})
+    failed = "one: Failed: pst2:41: It broke."
+    assert content["notes"] == ["The comparisons differ in model: one m, two n.", "All had a teacher.", failed]
