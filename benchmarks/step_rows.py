@@ -1,9 +1,12 @@
 """The rows of benchmarks/train_step.py: one way to train the same random model each, as a step that can be timed.
 
 dense                full fine-tuning
+dense-recorded       the same, each step started as one CUDA graph (pst/graphs.py)
 query                the query weights train, everything else is frozen
 literal-PATTERN      the published PST as its equations stand (benchmarks/literal_pst.py)
-pst-PATTERN          sparsify_ with PST's defaults, and masks chosen anew by set_sparsity_ at every step
+pst-PATTERN          sparsify_ with PST's defaults, masks chosen anew by set_sparsity_ at every step, and, on a GPU, the
+                     rest of the step recorded as one CUDA graph, as ``pst train`` does
+unrecorded-PATTERN   the same without the graph
 """
 
 import copy
@@ -18,11 +21,12 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from benchmarks.literal_pst import replace_linears_
+from pst.graphs import RecordedSteps
 from pst.methods.pst import PST
 from pst.patterns import parse_pattern
 from pst.sparsify import set_sparsity_, sparsify_
 
-KINDS = ("dense", "query", "literal", "pst")
+KINDS = ("dense", "dense-recorded", "query", "literal", "unrecorded", "pst")
 SHAPES: dict[str, dict[str, int]] = {
     "bert-base": {},
     "bert-large": {
@@ -60,7 +64,7 @@ def row_specs(kinds: Sequence[str], patterns: Sequence[str], sparsity: float, pr
     """Every row, in the order of the table; *sparsity* is for patterns that do not fix their own."""
     specs = []
     for kind in kinds:
-        if kind in ("dense", "query"):
+        if kind in ("dense", "dense-recorded", "query"):
             specs.append(RowSpec(kind=kind, pattern=None, sparsity=0.0, precision=precision))
             continue
         for pattern in patterns:
@@ -108,25 +112,31 @@ def start(base: nn.Module, spec: RowSpec, batches: list[dict[str, Tensor]], devi
     if groups is None:
         groups = PST().param_groups(model)
     trainable = [parameter for one in groups for parameter in one["params"]]
-    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, fused=True)
+    recorded = spec.kind in ("pst", "dense-recorded") and device.type == "cuda"
+    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, fused=True, capturable=recorded)
     stream = itertools.cycle(batches)
 
-    def step() -> Tensor:
-        before(model)
+    def train(batch: dict[str, Tensor]) -> Tensor:
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=spec.precision == "bf16"):
-            loss: Tensor = model(**next(stream)).loss
+            loss: Tensor = model(**batch).loss
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(trainable, MAX_GRAD_NORM)
         optimizer.step()
         return loss.detach()
+
+    run = RecordedSteps(train) if recorded else train
+
+    def step() -> Tensor:
+        before(model)
+        return run(next(stream))
 
     return Training(step=step, trainable_parameters=sum(parameter.numel() for parameter in trainable))
 
 
 def _trained(model: nn.Module, spec: RowSpec) -> tuple[list[dict[str, Any]] | None, Callable[[nn.Module], None]]:
     """Optimizer groups, None for the method's own, and what happens before each forward pass."""
-    if spec.kind == "pst":
+    if spec.kind in ("pst", "unrecorded"):
         assert spec.pattern is not None
         sparsify_(model, method=PST(), pattern=spec.pattern)
         return None, lambda sparse: set_sparsity_(sparse, spec.sparsity)

@@ -25,7 +25,9 @@ class Round:
     wall_ms: float
     """Wall clock of all timed steps over their number."""
     peak_memory_bytes: int | None
-    """Tensors on the GPU at their most during the timed steps; None on a processor."""
+    """Tensors on the GPU at their most, from the first warm-up step on; None on a processor."""
+    peak_reserved_bytes: int | None
+    """What torch held of the GPU's memory at its most, its cache and the memory of recorded steps included."""
     resident_bytes: int | None
     """Tensors on the GPU before this row's model was there: the batches, and what libraries hold."""
     loss: float
@@ -40,17 +42,19 @@ def distribution(times: list[float]) -> dict[str, float]:
 
 def time_steps(
     step: Callable[[], Tensor], *, steps: int, warmup: int, device: torch.device
-) -> tuple[list[float], float, int | None, float]:
-    """Milliseconds of each of *steps*, wall-clock milliseconds a step, peak bytes, and the last loss.
+) -> tuple[list[float], float, tuple[int, int] | None, float]:
+    """Milliseconds of each of *steps*, wall-clock milliseconds a step, peak bytes in tensors and in all, the last loss.
 
-    *warmup* steps come before: the optimizer's state, compiled kernels and the allocator's blocks are there then.
+    *warmup* steps come before: the optimizer's state, compiled kernels, recorded steps and the allocator's blocks are
+    there then. They count for the memory, because a recorded step allocates when it is recorded alone.
     """
-    for _ in range(warmup):
-        step()
     on_gpu = device.type == "cuda"
     if on_gpu:
-        torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
+    for _ in range(warmup):
+        step()
+    if on_gpu:
+        torch.cuda.synchronize(device)
         events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]  # type: ignore[no-untyped-call]
         began = time.perf_counter()
         events[0].record()
@@ -60,7 +64,8 @@ def time_steps(
         torch.cuda.synchronize(device)
         wall = time.perf_counter() - began
         times = [first.elapsed_time(second) for first, second in itertools.pairwise(events)]
-        return times, 1e3 * wall / steps, int(torch.cuda.max_memory_allocated(device)), loss.item()
+        peaks = int(torch.cuda.max_memory_allocated(device)), int(torch.cuda.max_memory_reserved(device))
+        return times, 1e3 * wall / steps, peaks, loss.item()
     marks = [time.perf_counter()]
     for _ in range(steps):
         loss = step()

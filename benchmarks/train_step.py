@@ -10,7 +10,8 @@ random, ids come from a few fixed batches on the device, and every row of a batc
 The rows are measured in turn, and all of them again in every round, so that a drift of the machine hits all alike. In
 its turn a row is the only model on the device: it is built, warmed up, timed with its peak memory, and freed. Prints a
 table with the goals, and writes it with options, rounds, machine and versions to
-benchmarks/train_step_<device>_<yyyymm>.json.
+benchmarks/train_step_<device>_<yyyymm>.json. GB is what tensors took at most, on which the goals count; held GB what
+torch had of the GPU for them.
 """
 
 import argparse
@@ -101,12 +102,13 @@ def _measure(spec: RowSpec, base: torch.nn.Module, batches: Any, options: argpar
     resident = free(device)
     with arithmetic(spec.precision):
         training = start(base, spec, batches, device)
-        times, wall, peak, loss = time_steps(training.step, steps=options.steps, warmup=options.warmup, device=device)
+        times, wall, peaks, loss = time_steps(training.step, steps=options.steps, warmup=options.warmup, device=device)
     require_finite(loss, f"{spec.precision} {spec.name}")
     return Round(
         times_ms=times,
         wall_ms=wall,
-        peak_memory_bytes=peak,
+        peak_memory_bytes=peaks and peaks[0],
+        peak_reserved_bytes=peaks and peaks[1],
         resident_bytes=resident,
         loss=loss,
         trainable_parameters=training.trainable_parameters,
@@ -131,6 +133,7 @@ def _rows(rounds: dict[RowSpec, list[Round]]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for spec, found in rounds.items():
         peaks = [one.peak_memory_bytes for one in found if one.peak_memory_bytes is not None]
+        reserved = [one.peak_reserved_bytes for one in found if one.peak_reserved_bytes is not None]
         rows.append(
             {
                 "row": spec.name,
@@ -142,12 +145,14 @@ def _rows(rounds: dict[RowSpec, list[Round]]) -> list[dict[str, Any]]:
                 "wall_ms": sum(one.wall_ms for one in found) / len(found),
                 "timed_steps": sum(len(one.times_ms) for one in found),
                 "peak_memory_bytes": max(peaks, default=None),
+                "peak_reserved_bytes": max(reserved, default=None),
                 "trainable_parameters": found[0].trainable_parameters,
                 "rounds": [
                     {
                         "step_ms": distribution(one.times_ms),
                         "wall_ms": one.wall_ms,
                         "peak_memory_bytes": one.peak_memory_bytes,
+                        "peak_reserved_bytes": one.peak_reserved_bytes,
                         "resident_bytes": one.resident_bytes,
                         "loss": one.loss,
                     }
@@ -199,14 +204,15 @@ def _limit(limit: float) -> str:
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
-    header = ["row", "precision", "ms", "p10", "p90", "wall ms", "GB", "trainable"]
+    header = ["row", "precision", "ms", "p10", "p90", "wall ms", "GB", "held GB", "trainable"]
     header += ["time/dense", "GB/dense", "time/literal"]
     lines = []
     for row in rows:
         step, peak = row["step_ms"], row["peak_memory_bytes"]
         dense, literal = row["to_dense"] or {}, row["to_literal"] or {}
         line = [row["row"], row["precision"], *(f"{step[name]:.2f}" for name in ("median", "p10", "p90"))]
-        line += [f"{row['wall_ms']:.2f}", "-" if peak is None else f"{peak / 1e9:.2f}"]
+        line += [f"{row['wall_ms']:.2f}"]
+        line += ["-" if value is None else f"{value / 1e9:.2f}" for value in (peak, row["peak_reserved_bytes"])]
         line += [f"{row['trainable_parameters']:,}"]
         ratios = (dense.get("time"), dense.get("memory"), literal.get("time"))
         lines.append([*line, *("-" if ratio is None else f"{ratio:.3f}" for ratio in ratios)])

@@ -38,9 +38,12 @@ class Encoded:
         """The loss of *rows* is a mean over this many targets: one a row."""
         return len(rows)
 
-    def batch(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        """Model inputs of these *rows*, (B, T) int64 padded on the right to the longest, and ``labels`` (B,)."""
-        longest = max(len(self.columns["input_ids"][row]) for row in rows)
+    def batch(self, rows: Sequence[int], *, length: int = 0) -> dict[str, Tensor]:
+        """Model inputs of these *rows*, (B, T) int64 padded on the right to the longest, and ``labels`` (B,).
+
+        T is at least *length*.
+        """
+        longest = max(length, *(len(self.columns["input_ids"][row]) for row in rows))
         batch = {}
         for name, column in self.columns.items():
             padded = torch.full((len(rows), longest), self.padding[name], dtype=torch.int64)

@@ -62,6 +62,9 @@ class TrainConfig:
     precision: Literal["fp32", "tf32", "bf16"] = field(
         "fp32", "arithmetic of the matrix products; weights and optimizer stay fp32"
     )
+    graphs: Literal["auto", "off"] = field(
+        "auto", "auto: on one GPU, steps are recorded as CUDA graphs, batches padded to multiples of 16 tokens"
+    )
     max_length: int | None = field(None, "tokens a row, longer ones are cut; None = 128 or the model's own limit")
     lr: float | None = field(None, "learning rate of dense weights, head, LayerNorm and biases")
     lr_update: float | None = field(None, "learning rate of the weight update U, V")

@@ -8,6 +8,7 @@ sparsify_ puts hooks on the model that do this for whoever calls it. They are of
 called by itself, whose weights then make themselves.
 """
 
+import itertools
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.utils import parametrize
 
 from pst import kernels
+from pst.graphs import MOST
 from pst.kernels.matrices import Matrices, kind, serves, together
 from pst.masked_weight import FusedMaskedWeight, MaskedLowRank, MaskedWeight
 from pst.recompute import recomputed_activations
@@ -45,6 +47,17 @@ class Together:
         pairs = [pair for attached, original in members for pair in attached.matrices(original)]
         self.matrices: Matrices = together([(cast(MaskedLowRank, part), piece) for part, piece in pairs])
         self.parts = [len(attached.matrices(original)) for attached, original in members]
+        starts = list(itertools.accumulate((-(-original.numel() // 8) * 8 for original in self.originals), initial=0))
+        self.starts = starts
+        """Where each masked weight begins in one tensor for all, and how long that is; multiples of 16 bytes."""
+        inside = [
+            start + piece.storage_offset() - original.storage_offset()
+            for start, original, parts in zip(starts, self.originals, self.parts, strict=False)
+            for piece in original.chunk(parts, dim=1 - self.matrices.axis)
+        ]
+        self.inside = torch.tensor(inside, dtype=torch.int64).to(self.matrices.device)
+        on_gpu = self.matrices.device.type == "cuda"
+        self._rows = iter(torch.empty(MOST, len(pairs), dtype=torch.int64, pin_memory=on_gpu))
 
     def is_current(self) -> bool:
         """Whether every tensor lies where the table says."""
@@ -58,6 +71,22 @@ class Together:
             for weight, parts in zip(weights, self.parts, strict=True)
             for piece in weight.chunk(parts, dim=1 - axis)
         ]
+
+    def empty(self, dtype: torch.dtype) -> tuple[tuple[Tensor, ...], Tensor]:
+        """A tensor for each masked weight, and where its matrices lie, (matrices,) int64."""
+        flat = torch.empty(self.starts[-1], dtype=dtype, device=self.matrices.device)
+        weights = tuple(
+            flat[start : start + original.numel()].view(original.shape)
+            for start, original in zip(self.starts, self.originals, strict=False)
+        )
+        return weights, self.inside * flat.element_size() + flat.data_ptr()
+
+    def addresses_of(self, pieces: Sequence[Tensor]) -> Tensor:
+        """Where *pieces* lie, (pieces,) int64 on their device."""
+        found = torch.tensor([piece.data_ptr() for piece in pieces], dtype=torch.int64)
+        if self.matrices.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            found = next(self._rows).copy_(found)  # pinned and kept: a graph reads it again at every replay
+        return found.to(self.matrices.device, non_blocking=True)
 
     def versions(self) -> int:
         """Changes with every change in place of what the masked weights are made of."""
@@ -75,8 +104,8 @@ class MaskedWeights(torch.autograd.Function):
 
         ctx.set_materialize_grads(False)
         ctx.group, ctx.dtype, ctx.versions = group, dtype, group.versions()
-        weights = tuple(torch.empty_like(original, dtype=dtype) for original in group.originals)
-        low_rank.masked_weights(group.matrices, group.pieces(weights))
+        weights, addresses = group.empty(dtype)
+        low_rank.masked_weights(group.matrices, group.pieces(weights), addresses=addresses)
         return weights
 
     @staticmethod
@@ -97,8 +126,9 @@ class MaskedWeights(torch.autograd.Function):
             else:
                 found.append(torch.empty_like(original, dtype=ctx.dtype).copy_(grad))
         exact = ctx.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-        pieces = group.pieces(found)
-        return None, None, *low_rank.gradients(group.matrices, pieces, precision="ieee" if exact else "tf32")
+        pieces, precision = group.pieces(found), "ieee" if exact else "tf32"
+        addresses = group.addresses_of(pieces)
+        return None, None, *low_rank.gradients(group.matrices, pieces, addresses=addresses, precision=precision)
 
 
 _groups: "weakref.WeakKeyDictionary[nn.Module, list[Together]]" = weakref.WeakKeyDictionary()
@@ -114,7 +144,11 @@ def groups_of(model: nn.Module) -> list[Together]:
         for module, attached in masked_weights(model):
             original = cast(Any, module).parametrizations.weight.original
             pairs = attached.matrices(original)
-            if kernels.usable(original.device) and all(serves(part, piece) for part, piece in pairs):
+            if (
+                kernels.usable(original.device)
+                and all(serves(part, piece) for part, piece in pairs)
+                and original.is_contiguous()
+            ):
                 key = kind(cast(MaskedLowRank, pairs[0][0]), pairs[0][1])
                 members.setdefault(key, []).append((attached, original))
         found = [Together(each) for each in members.values()]

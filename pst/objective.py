@@ -48,7 +48,7 @@ class Objective:
             loss: Tensor = output.loss
             return loss
         if labels.ndim == 2:
-            logits, labels = next_token(logits, labels)
+            logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
         return F.cross_entropy(logits, labels, ignore_index=IGNORED, label_smoothing=self.label_smoothing)
 
 
@@ -63,11 +63,13 @@ def logits_loss(logits: Tensor, taught: Tensor, labels: Tensor, temperature: flo
     """L_logits; (B, classes), or (B, T, V) with (B, T) labels that say which positions count."""
     if logits.shape[-1] == 1:
         return F.mse_loss(logits, taught)
+    counts = torch.ones_like(labels, dtype=torch.bool)
     if labels.ndim == 2:
-        logits, taught = next_token(logits, labels)[0], next_token(taught, labels)[0]
+        logits, taught, counts = logits[:, :-1], taught[:, :-1], labels[:, 1:] != IGNORED
     student = F.log_softmax(logits.float() / temperature, dim=-1)
     target = F.log_softmax(taught.float() / temperature, dim=-1)
-    return F.kl_div(student, target, reduction="batchmean", log_target=True) * temperature**2
+    each = F.kl_div(student, target, reduction="none", log_target=True).sum(-1)
+    return _mean(each, counts) * temperature**2
 
 
 def hidden_loss(states: tuple[Tensor, ...], taught: tuple[Tensor, ...], attention_mask: Tensor) -> Tensor:
@@ -75,7 +77,12 @@ def hidden_loss(states: tuple[Tensor, ...], taught: tuple[Tensor, ...], attentio
     real = attention_mask.bool()
     layers, deep = len(states) - 1, len(taught) - 1
     losses = [
-        F.mse_loss(states[layer][real].float(), taught[round(layer * deep / layers)][real].float())
+        _mean((states[layer].float() - taught[round(layer * deep / layers)].float()).square().mean(-1), real)
         for layer in range(1, layers + 1)
     ]
     return torch.stack(losses).mean()
+
+
+def _mean(values: Tensor, counts: Tensor) -> Tensor:
+    """Mean of those *values* that count, without a shape that depends on how many these are."""
+    return torch.where(counts, values, 0.0).sum() / counts.sum()

@@ -21,7 +21,7 @@ from pst.errors import RunError
 from pst.files import atomic_file, read_json, refuse_existing, remove, storage_errors
 from pst.settings import dump
 
-NOT_COMPARED = {"device", "checkpoint_every"}
+NOT_COMPARED = {"device", "checkpoint_every", "graphs"}
 """Options that may differ between a run and its resumption."""
 
 

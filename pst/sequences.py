@@ -51,12 +51,13 @@ class Sequences:
         """The loss of *rows* is a mean over this many targets."""
         return sum(len(self.ids[row]) - self.starts[row] for row in rows)
 
-    def batch(self, rows: Sequence[int]) -> dict[str, Tensor]:
+    def batch(self, rows: Sequence[int], *, length: int = 0) -> dict[str, Tensor]:
         """``input_ids``, ``attention_mask`` and ``labels`` of these *rows*, (B, T) int64, padded on the right.
 
+        T is that of the longest row, or *length* where that is more.
         Labels are IGNORED on the padding and before each row's first target; the model shifts them by itself.
         """
-        shape = (len(rows), max(len(self.ids[row]) for row in rows))
+        shape = (len(rows), max(length, *(len(self.ids[row]) for row in rows)))
         input_ids = torch.full(shape, self.pad, dtype=torch.int64)
         attention_mask = torch.zeros(shape, dtype=torch.int64)
         labels = torch.full(shape, IGNORED, dtype=torch.int64)

@@ -25,6 +25,7 @@ from pst.config import TrainConfig
 from pst.distributed import Processes, processes
 from pst.errors import ConfigError, ModelError, RunError
 from pst.files import remove, storage_errors
+from pst.graphs import RecordedSteps, padded_length
 from pst.objective import Objective
 from pst.progress import note, progress, silence
 from pst.result import save_model
@@ -109,8 +110,10 @@ def _train(
     groups: list[dict[str, Any]] = [{"params": list(model.parameters()), "lr": config.lr}]
     groups = method.param_groups(model) if method else groups
     trainable: list[nn.Parameter] = [parameter for one in groups for parameter in one["params"]]
-    optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
-    base_rates = [one["lr"] for one in optimizer.param_groups]
+    recording = config.graphs == "auto" and device.type == "cuda" and group.count == 1 and config.accumulate == 1
+    base_rates = [one["lr"] for one in groups]
+    settings: dict[str, Any] = {"weight_decay": config.weight_decay, "fused": True, "capturable": recording}
+    optimizer = torch.optim.AdamW(groups, **settings)
     objective = Objective(
         label_smoothing=config.label_smoothing,
         teacher=teacher.to(device) if teacher is not None else None,
@@ -150,6 +153,8 @@ def _train(
         require_same(state["identity"], identity, output)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
+        for one in optimizer.param_groups:  # a run may go on on another device
+            one |= settings
         if group.rank < len(state["random"]):
             checkpoint.set_random_state(state["random"][group.rank])
         if group.count != len(state["random"]):
@@ -187,23 +192,46 @@ def _train(
             content |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             checkpoint.save(output / "checkpoints", step=step, content=content)
 
-    def backward(chosen: list[int]) -> float:
-        """Gradients of the mean loss over the rows of one step, and that loss."""
+    def backward(batch: dict[str, torch.Tensor], share: float) -> torch.Tensor:
+        """Add to the gradients those of a batch on the device, whose loss counts by *share*; that part of the loss."""
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            portion = objective(model, batch) * share
+        portion.backward()  # type: ignore[no-untyped-call]
+        return portion.detach()
+
+    def update(loss: torch.Tensor) -> torch.Tensor:
+        """Make the step that the gradients call for; (2,) the loss and the gradients' norm."""
+        norm = torch.nn.utils.clip_grad_norm_(trainable, config.max_grad_norm or math.inf)
+        optimizer.step()
+        return torch.stack([loss.float(), norm])
+
+    def step_alone(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """One step on a batch that is not shared out."""
+        optimizer.zero_grad()
+        return update(backward(batch, 1.0))
+
+    recorded = RecordedSteps(step_alone) if recording else None
+
+    def take_step(chosen: list[int]) -> torch.Tensor:
+        """One step on these rows; (2,) the mean loss over them and the gradients' norm."""
+        if recorded is not None:
+            length = padded_length(int(lengths[chosen].max()), prepared.max_length)
+            batch = {name: value.to(device) for name, value in rows.batch(chosen, length=length).items()}
+            return recorded(batch)
         total, loss = rows.weight(chosen), torch.zeros((), device=device)
         share = group.share(chosen)
+        optimizer.zero_grad()
         for part in (share[i :: config.accumulate] for i in range(min(config.accumulate, len(share)))):
             batch = {name: value.to(device) for name, value in rows.batch(list(part)).items()}
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                portion = objective(model, batch) * (rows.weight(list(part)) / total)
-            portion.backward()  # type: ignore[no-untyped-call]
-            loss += portion.detach()
+            loss += backward(batch, rows.weight(list(part)) / total)
         group.sum_gradients_(trainable)
-        return group.sum_(loss).item()
+        return update(group.sum_(loss))
 
     # The loop
     start = time.monotonic()
     model.train()
-    batches = training_rows(rows.lengths(), batch_size=config.batch_size, seed=seed, first_step=first_step, steps=steps)
+    lengths = rows.lengths()
+    batches = training_rows(lengths, batch_size=config.batch_size, seed=seed, first_step=first_step, steps=steps)
     with (
         stop_signals() as stopped,
         _log(output, group, first_step) as log,
@@ -217,13 +245,10 @@ def _train(
             sparsity = calibration.level if calibration is not None else schedule(chosen_at)
             factor = _rate(step, steps, _given(config.lr_warmup))
             for one, rate in zip(optimizer.param_groups, base_rates, strict=True):
-                one["lr"] = rate * factor
-            optimizer.zero_grad()
-            loss = backward(chosen)
-            norm = torch.nn.utils.clip_grad_norm_(trainable, config.max_grad_norm or math.inf)
-            if not math.isfinite(loss + norm.item()):
+                _set_rate(one, rate * factor, device=device if recording else None)
+            loss, norm = take_step(chosen).tolist()
+            if not math.isfinite(loss + norm):
                 raise _diverged(step, output)
-            optimizer.step()
             training += time.monotonic() - began
 
             done = step + 1
@@ -322,6 +347,16 @@ def _rate(step: int, steps: int, warmup: float) -> float:
     if step < rising:
         return (step + 1) / max(rising, 1.0)
     return (steps - step) / max(steps - rising, 1.0)
+
+
+def _set_rate(one: dict[str, Any], rate: float, *, device: torch.device | None) -> None:
+    """The learning rate of an optimizer's group; for recorded steps a tensor on *device*, always the same one."""
+    if device is None:
+        one["lr"] = rate
+    elif isinstance(one["lr"], torch.Tensor) and one["lr"].device.type == device.type:
+        one["lr"].fill_(rate)
+    else:
+        one["lr"] = torch.tensor(rate, device=device)
 
 
 @contextmanager

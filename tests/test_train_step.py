@@ -10,7 +10,7 @@ from torch import nn
 
 from benchmarks import train_step
 from benchmarks.literal_pst import LiteralLinear, replace_linears_
-from benchmarks.step_rows import random_batches, random_bert, row_specs, start
+from benchmarks.step_rows import KINDS, random_batches, random_bert, row_specs, start
 from benchmarks.step_timing import distribution, require_finite
 from pst.errors import PatternError
 from pst.sparsify import prunable_weights
@@ -60,7 +60,7 @@ def test_every_row_trains_and_leaves_the_shared_weights_as_they_are() -> None:
     base = random_bert("tiny")
     batches = random_batches(base, batch=4, length=8, device=device)[:1]
     before = {name: value.clone() for name, value in base.state_dict().items()}
-    for spec in row_specs(("dense", "query", "literal", "pst"), ["unstructured", "2:4"], 0.5, "bf16"):
+    for spec in row_specs(KINDS, ["unstructured", "2:4"], 0.5, "bf16"):
         training = start(base, spec, batches, device)
         losses = [float(training.step()) for _ in range(4)]
         assert all(0 < loss < 3 for loss in losses), spec
@@ -72,10 +72,11 @@ def test_table_goals_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert train_step.main([*SMALL, "--output", str(output), "--precisions", "tf32", "bf16"]) == output
     printed = capsys.readouterr().out.splitlines()
     report = json.loads(output.read_text())
-    names = ["dense", "query", "literal-unstructured", "literal-2:4", "pst-unstructured", "pst-2:4"]
+    names = ["dense", "dense-recorded", "query"]
+    names += [f"{kind}-{pattern}" for kind in ("literal", "unrecorded", "pst") for pattern in ("unstructured", "2:4")]
     rows = report["rows"]
     assert [(row["precision"], row["row"]) for row in rows] == [(p, name) for p in ("tf32", "bf16") for name in names]
-    assert [line.split()[0] for line in printed[1:13]] == names * 2
+    assert [line.split()[0] for line in printed[1:19]] == names * 2
     assert report["schema_version"] == 1
     assert report["environment"]["command"].startswith("python -m benchmarks.train_step --model-shape tiny")
     assert report["options"]["steps"] == 3
@@ -121,7 +122,7 @@ def test_profile_prints_operators_and_writes_nothing(tmp_path: Path, capsys: pyt
     assert printed.startswith("bf16 pst-2:4, 5 steps after 1\n")
     assert "aten::" in printed
     assert not output.exists()
-    with pytest.raises(SystemExit, match="the rows are dense, query, literal-unstructured"):
+    with pytest.raises(SystemExit, match="the rows are dense, dense-recorded, query, literal-unstructured"):
         train_step.main([*arguments, "pst-1:4"])
 
 

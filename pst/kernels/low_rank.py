@@ -34,7 +34,7 @@ def _pointer(table, matrix, field: tl.constexpr, dtype: tl.constexpr, ALIGNED: t
 
 @triton.jit
 def _number(table, matrix, field: tl.constexpr, ALIGNED: tl.constexpr):
-    value = tl.load(table + matrix * FIELDS + field)
+    value = tl.load(table + matrix * FIELDS + field).to(tl.int32)
     if ALIGNED:
         value = tl.multiple_of(value, 16)
     return value
@@ -74,12 +74,12 @@ def _masked_kernel(
     table, scalars, tiles, outputs, r2: tl.constexpr, R2: tl.constexpr, OUT: tl.constexpr,
     TRANSPOSED: tl.constexpr, ALIGNED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(0).to(tl.int64)
-    matrix = tl.load(tiles + tile * 3).to(tl.int64)
+    tile = tl.program_id(0)
+    matrix = tl.load(tiles + tile * 3)
     n, k = _number(table, matrix, 9, ALIGNED), _number(table, matrix, 10, ALIGNED)
     stride = _number(table, matrix, 11, ALIGNED)
-    rows = tl.load(tiles + tile * 3 + 1).to(tl.int64) * BN + tl.arange(0, BN)
-    columns = tl.load(tiles + tile * 3 + 2).to(tl.int64) * BK + tl.arange(0, BK)
+    rows = tl.load(tiles + tile * 3 + 1) * BN + tl.arange(0, BN)
+    columns = tl.load(tiles + tile * 3 + 2) * BK + tl.arange(0, BK)
     beta = tl.load(scalars + matrix * 3 + 2)
     w = _load_stored(_pointer(table, matrix, 0, tl.float32, ALIGNED), stride, rows, columns, n, k, TRANSPOSED)
     u = _left(_pointer(table, matrix, 1, tl.float32, ALIGNED), rows, n, r2, R2)
@@ -107,12 +107,12 @@ def _scores_kernel(
     table, scalars, tiles, scores, r1: tl.constexpr, r2: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr,
     TRANSPOSED: tl.constexpr, ALIGNED: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(0).to(tl.int64)
-    matrix = tl.load(tiles + tile * 3).to(tl.int64)
+    tile = tl.program_id(0)
+    matrix = tl.load(tiles + tile * 3)
     n, k = _number(table, matrix, 9, ALIGNED), _number(table, matrix, 10, ALIGNED)
     stride = _number(table, matrix, 11, ALIGNED)
-    rows = tl.load(tiles + tile * 3 + 1).to(tl.int64) * BN + tl.arange(0, BN)
-    columns = tl.load(tiles + tile * 3 + 2).to(tl.int64) * BK + tl.arange(0, BK)
+    rows = tl.load(tiles + tile * 3 + 1) * BN + tl.arange(0, BN)
+    columns = tl.load(tiles + tile * 3 + 2) * BK + tl.arange(0, BK)
     alpha1, alpha2 = tl.load(scalars + matrix * 3), tl.load(scalars + matrix * 3 + 1)
     beta = tl.load(scalars + matrix * 3 + 2)
     w = _load_stored(_pointer(table, matrix, 0, tl.float32, ALIGNED), stride, rows, columns, n, k, TRANSPOSED)
@@ -127,7 +127,7 @@ def _scores_kernel(
     s = tl.abs(w) * q[None, :] + alpha1 * tl.dot(a, b, input_precision=PRECISION)
     s += alpha2 * r[:, None]
     s += alpha2 * c[None, :]
-    out = scores + _number(table, matrix, 12, ALIGNED) + rows[:, None] * k + columns[None, :]
+    out = scores + tl.load(table + matrix * FIELDS + 12) + rows[:, None] * k + columns[None, :]
     tl.store(out, s, mask=(rows[:, None] < n) & (columns[None, :] < k))
 
 
@@ -158,18 +158,18 @@ def _rows_kernel(
     STRIPE: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dU = beta dW V', dA = alpha1 dS B', dR = alpha2 (sum of dS over the columns), for STRIPE rows of one matrix."""
-    tile = tl.program_id(0).to(tl.int64)
-    matrix = tl.load(tiles + tile * 3).to(tl.int64)
+    tile = tl.program_id(0)
+    matrix = tl.load(tiles + tile * 3)
     n, k = _number(table, matrix, 9, ALIGNED), _number(table, matrix, 10, ALIGNED)
     stride = _number(table, matrix, 11, ALIGNED)
-    rows = tl.load(tiles + tile * 3 + 1).to(tl.int64) * STRIPE + tl.arange(0, STRIPE)
+    rows = tl.load(tiles + tile * 3 + 1) * STRIPE + tl.arange(0, STRIPE)
     beta = tl.load(scalars + matrix * 3 + 2)
     u = _left(_pointer(table, matrix, 1, tl.float32, ALIGNED), rows, n, r2, R2)
     dU = tl.zeros((STRIPE, R2), dtype=tl.float32)
     dA = tl.zeros((STRIPE, R1), dtype=tl.float32)
     dR = tl.zeros((STRIPE,), dtype=tl.float32)
     for start in range(0, k, STEP):
-        columns = start + tl.arange(0, STEP).to(tl.int64)
+        columns = start + tl.arange(0, STEP)
         v = _right(_pointer(table, matrix, 2, tl.float32, ALIGNED), columns, k, r2, R2)
         b = _right(_pointer(table, matrix, 4, tl.float32, ALIGNED), columns, k, r1, R1)
         dw, ds = _terms(
@@ -196,18 +196,18 @@ def _columns_kernel(
     STRIPE: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dV = beta U' dW, dB = alpha1 A' dS, dC = alpha2 (sum of dS over the rows), for STRIPE columns of one matrix."""
-    tile = tl.program_id(0).to(tl.int64)
-    matrix = tl.load(tiles + tile * 3).to(tl.int64)
+    tile = tl.program_id(0)
+    matrix = tl.load(tiles + tile * 3)
     n, k = _number(table, matrix, 9, ALIGNED), _number(table, matrix, 10, ALIGNED)
     stride = _number(table, matrix, 11, ALIGNED)
-    columns = tl.load(tiles + tile * 3 + 2).to(tl.int64) * STRIPE + tl.arange(0, STRIPE)
+    columns = tl.load(tiles + tile * 3 + 2) * STRIPE + tl.arange(0, STRIPE)
     beta = tl.load(scalars + matrix * 3 + 2)
     v = _right(_pointer(table, matrix, 2, tl.float32, ALIGNED), columns, k, r2, R2)
     dV = tl.zeros((R2, STRIPE), dtype=tl.float32)
     dB = tl.zeros((R1, STRIPE), dtype=tl.float32)
     dC = tl.zeros((STRIPE,), dtype=tl.float32)
     for start in range(0, n, STEP):
-        rows = start + tl.arange(0, STEP).to(tl.int64)
+        rows = start + tl.arange(0, STEP)
         u = _left(_pointer(table, matrix, 1, tl.float32, ALIGNED), rows, n, r2, R2)
         a = _left(_pointer(table, matrix, 3, tl.float32, ALIGNED), rows, n, r1, R1)
         dw, ds = _terms(
@@ -231,13 +231,19 @@ TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: 
 """Of masked weights, and of their gradients."""
 
 
-def masked_weights(matrices: Matrices, outputs: Sequence[Tensor], *, precision: str = "ieee") -> None:
-    """Write M * (W0 + beta U V) of each matrix to its *outputs*, laid out and strided as W0, of one dtype of TYPES."""
+def masked_weights(
+    matrices: Matrices, outputs: Sequence[Tensor], *, addresses: Tensor | None = None, precision: str = "ieee"
+) -> None:
+    """Write M * (W0 + beta U V) of each matrix to its *outputs*, laid out and strided as W0, of one dtype of TYPES.
+
+    addresses: of the outputs, (matrices,) int64 on the device, where the caller knows them already.
+    """
     rows, columns = TILE
     tiles = matrices.tiles(rows, columns)
     _masked_kernel[(len(tiles),)](
-        matrices.table, matrices.scalars, tiles, _addresses(outputs, matrices), matrices.r2, _padded(matrices.r2),
-        TYPES[outputs[0].dtype], matrices.axis == 0, _wide(matrices, outputs), rows, columns, precision,
+        matrices.table, matrices.scalars, tiles, addresses_of(outputs) if addresses is None else addresses,
+        matrices.r2, _padded(matrices.r2), TYPES[outputs[0].dtype], matrices.axis == 0, _wide(matrices, outputs),
+        rows, columns, precision,
     )  # fmt: skip
 
 
@@ -253,12 +259,21 @@ def scores(matrices: Matrices, *, precision: str = "ieee") -> Tensor:
     return found
 
 
-def gradients(matrices: Matrices, grads: Sequence[Tensor], *, precision: str = "ieee") -> list[Tensor]:
-    """Gradients of ``matrices.trained``, in its order, from G = dL/d(M * W) of each, laid out and strided as W0."""
-    results = [torch.empty_like(tensor) for tensor in matrices.trained]
-    addresses = torch.tensor([tensor.data_ptr() for tensor in results], dtype=torch.int64)
-    where = addresses.to(matrices.device, non_blocking=True)
-    which = _addresses(grads, matrices)
+def gradients(
+    matrices: Matrices, grads: Sequence[Tensor], *, addresses: Tensor | None = None, precision: str = "ieee"
+) -> list[Tensor]:
+    """Gradients of ``matrices.trained``, in its order, from G = dL/d(M * W) of each, laid out and strided as W0.
+
+    addresses: of *grads*, as in ``masked_weights``. The results are parts of one tensor.
+    """
+    starts, begins = matrices.result_layout
+    flat = torch.empty(starts[-1], dtype=torch.float32, device=matrices.device)
+    results = [
+        flat[start : start + tensor.numel()].view(tensor.shape)
+        for start, tensor in zip(starts, matrices.trained, strict=False)
+    ]
+    where = begins + flat.data_ptr()
+    which = addresses_of(grads) if addresses is None else addresses
     options = (
         matrices.r1, matrices.r2, _padded(matrices.r1), _padded(matrices.r2), TYPES[grads[0].dtype],
         matrices.axis == 0, _wide(matrices, grads), matrices.magnitude_gradient, STRIPE, STEP, precision,
@@ -268,9 +283,10 @@ def gradients(matrices: Matrices, grads: Sequence[Tensor], *, precision: str = "
     return results
 
 
-def _addresses(tensors: Sequence[Tensor], matrices: Matrices) -> Tensor:
+def addresses_of(tensors: Sequence[Tensor]) -> Tensor:
+    """Where *tensors* lie, (tensors,) int64 on their device."""
     found = torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.int64)
-    return found.to(matrices.device, non_blocking=True)
+    return found.to(tensors[0].device, non_blocking=True)
 
 
 def _wide(matrices: Matrices, tensors: Sequence[Tensor]) -> bool:

@@ -90,6 +90,17 @@ class Matrices:
         wide = all(n % 16 == 0 and k % 16 == 0 and W0.stride(0) % 16 == 0 for W0, (n, k) in self._with_shapes())
         return wide and all(address % 16 == 0 for address in self.addresses)
 
+    @cached_property
+    def result_layout(self) -> tuple[list[int], Tensor]:
+        """Where the gradient of each of ``trained`` begins in one float32 tensor: elements with the total, and bytes.
+
+        The bytes are int64 on the device; every gradient begins at 16 of them.
+        """
+        starts = [0]
+        for tensor in self.trained:
+            starts.append(starts[-1] + -(-tensor.numel() // 4) * 4)
+        return starts, (torch.tensor(starts[:-1], dtype=torch.int64) * 4).to(self.device)
+
     def tiles(self, rows: int, columns: int) -> Tensor:
         """(tiles, 3) int32: matrix, tile row, tile column, for tiles of *rows* x *columns*; 0 = as long as it is."""
         key = (rows, columns)

@@ -3,8 +3,8 @@
 
 The scores of all matrices lie one behind the other. Read as an unsigned integer KEY whose order is theirs, the count-th
 lowest score of a segment is found one byte a pass, from the highest: each pass counts, among the keys that share the
-bytes found so far, how many have which next byte. Ties are settled by four passes more over the index, which begin and
-end at once where there is none: of equal scores the lower index stays, so the count is exact.
+bytes found so far, how many have which next byte. Where only some of the entries that are equal to it have to go, the
+same search over their indices settles which: the lower ones stay, so the count is exact.
 """
 
 from collections.abc import Sequence
@@ -16,93 +16,118 @@ from torch import Tensor
 
 SPAN = 8192
 """Scores that one program counts."""
-STATE = tl.constexpr(5)
-"""Of each segment, int64: key found so far, entries to go, of how many, index key found, settled (2: nothing goes)."""
+STATE = tl.constexpr(4)
+"""Of each segment, int64: key found so far, entries still to go, first index to go, settled (2: nothing goes)."""
 
 
 @triton.jit
 def _key(score):
     """uint32 in the order of float32; -0.0 equals 0.0."""
-    bits = (score + 0.0).to(tl.int32, bitcast=True)
+    bits = score.to(tl.int32, bitcast=True)
     bits = tl.where(bits == -2147483648, 0, bits)
-    flipped = tl.where(bits < 0, bits ^ -1, bits ^ -2147483648)
-    return flipped.to(tl.uint32, bitcast=True).to(tl.int64)
+    return tl.where(bits < 0, bits ^ -1, bits ^ -2147483648).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def _load(scores, begin, length, start, SPAN: tl.constexpr):
+    """SPAN scores of a segment from its index *start* on, their indices, and which of them there are."""
+    at = start + tl.arange(0, SPAN)
+    inside = at < length
+    return tl.load(scores + begin + at, mask=inside, other=0.0), at, inside
 
 
 @triton.jit
 def _count_kernel(
-    scores, segments, starts, offsets, state, counts, bad, SHIFT: tl.constexpr, TIES: tl.constexpr,
-    CHECK: tl.constexpr, SPAN: tl.constexpr,
+    scores, segments, starts, offsets, state, counts, bad, SHIFT: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """Add to counts (segments, 256) how many keys of this span have which byte at SHIFT, among those still in question.
-
-    TIES: the key is the inverted index, of the entries whose score has the key that was found.
-    """
+    """Add to counts (segments, 256) how many keys of this span have which byte at SHIFT, of those still in question."""
     program = tl.program_id(0)
-    segment = tl.load(segments + program).to(tl.int64)
-    begin, end = tl.load(offsets + segment), tl.load(offsets + segment + 1)
-    settled = tl.load(state + segment * STATE + 4)
-    if settled == 0:
-        at = tl.load(starts + program) + tl.arange(0, SPAN)
-        inside = at < end
-        score = tl.load(scores + at, mask=inside, other=0.0)
-        if CHECK:
-            finite = tl.abs(score) < float("inf")  # False for NaN
-            if tl.sum(tl.where(inside & (finite == 0), 1, 0)) > 0:
-                tl.store(bad, 1)
+    segment = tl.load(segments + program)
+    begin = tl.load(offsets + segment)
+    length = (tl.load(offsets + segment + 1) - begin).to(tl.int32)
+    if tl.load(state + segment * STATE + 3) == 0:
+        score, _, inside = _load(scores, begin, length, tl.load(starts + program), SPAN)
         key = _key(score)
-        found = tl.load(state + segment * STATE)
-        if TIES:
-            inside = inside & (key == found)
-            key = 4294967295 - (at - begin)
-            found = tl.load(state + segment * STATE + 3)
-        if SHIFT < 24:
+        digit = ((key >> SHIFT) & 255).to(tl.int32)
+        if SHIFT == 24:
+            finite = tl.abs(score) < float("inf")  # False for NaN
+            if tl.sum((inside & (finite == 0)).to(tl.int32)) > 0:
+                tl.store(bad, 1)
+        else:
+            found = tl.load(state + segment * STATE).to(tl.uint32)
             inside = inside & ((key >> (SHIFT + 8)) == (found >> (SHIFT + 8)))
-        if tl.sum(inside.to(tl.int32)) > 0:
-            digit = ((key >> SHIFT) & 255).to(tl.int32)
-            digit = tl.where(inside, digit, 256)
-            histogram = tl.histogram(digit, 512)
-            bins = tl.arange(0, 512)
-            tl.atomic_add(counts + segment * 256 + bins, histogram, mask=(bins < 256) & (histogram > 0), sem="relaxed")
+        if SHIFT >= 16:
+            histogram = tl.histogram(digit, 256, mask=inside)
+            bins = tl.arange(0, 256)
+            tl.atomic_add(counts + segment * 256 + bins, histogram, mask=histogram > 0, sem="relaxed")
+        else:  # few are left
+            tl.atomic_add(counts + segment * 256 + digit, 1, mask=inside, sem="relaxed")
 
 
 @triton.jit
-def _choose_kernel(state, counts, SHIFT: tl.constexpr, TIES: tl.constexpr):
+def _byte(count, wanted):
+    """Which of 256 bins holds the wanted-th entry, how many lie in the bins before it, and how many in it."""
+    bins = tl.arange(0, 256)
+    digit = tl.sum((tl.cumsum(count, 0) < wanted).to(tl.int32), 0)
+    return digit, tl.sum(tl.where(bins < digit, count, 0), 0), tl.sum(tl.where(bins == digit, count, 0), 0)
+
+
+@triton.jit
+def _choose_kernel(state, counts, SHIFT: tl.constexpr):
     """The byte at SHIFT of the count-th lowest key of one segment; the counts go back to zero."""
-    segment = tl.program_id(0).to(tl.int64)
+    segment = tl.program_id(0)
     row = state + segment * STATE
-    if tl.load(row + 4) == 0:
+    if tl.load(row + 3) == 0:
         bins = tl.arange(0, 256)
         count = tl.load(counts + segment * 256 + bins)
         tl.store(counts + segment * 256 + bins, tl.zeros_like(count))
-        upto = tl.cumsum(count, 0)
         wanted = tl.load(row + 1)
-        digit = tl.sum((upto < wanted).to(tl.int32), 0)
-        before = tl.sum(tl.where(bins < digit, count, 0), 0)
-        among = tl.sum(tl.where(bins == digit, count, 0), 0)
-        field = 3 if TIES else 0
-        tl.store(row + field, tl.load(row + field) + (digit.to(tl.int64) << SHIFT))
+        digit, before, among = _byte(count, wanted)
+        tl.store(row, tl.load(row) + (digit.to(tl.int64) << SHIFT))
         tl.store(row + 1, wanted - before)
-        tl.store(row + 2, among.to(tl.int64))
-        if SHIFT == 0:
-            if TIES:
-                tl.store(row + 4, 1)
-            elif wanted - before == among:  # all that are equal go
-                tl.store(row + 3, 4294967295)
-                tl.store(row + 4, 1)
+        if SHIFT == 0 and wanted - before == among:  # all that are equal go
+            tl.store(row + 2, -1)
+            tl.store(row + 3, 1)
+
+
+@triton.jit
+def _ties_kernel(scores, offsets, state, SPAN: tl.constexpr):
+    """The index from which on, of one segment's entries that have the key found, as many go as still have to."""
+    segment = tl.program_id(0)
+    row = state + segment * STATE
+    if tl.load(row + 3) == 0:
+        begin = tl.load(offsets + segment)
+        length = (tl.load(offsets + segment + 1) - begin).to(tl.int32)
+        found, wanted = tl.load(row).to(tl.uint32), tl.load(row + 1).to(tl.int32)
+        last = tl.zeros((), dtype=tl.int32)  # counted from the end
+        for byte in tl.static_range(4):
+            shift = 24 - 8 * byte
+            count = tl.zeros((256,), dtype=tl.int32)
+            for start in range(0, length, SPAN):
+                score, at, inside = _load(scores, begin, length, start, SPAN)
+                place = length - 1 - at
+                inside = inside & (_key(score) == found)
+                if byte > 0:
+                    inside = inside & ((place >> (shift + 8)) == (last >> (shift + 8)))
+                count += tl.histogram((place >> shift) & 255, 256, mask=inside)
+            digit, before, _ = _byte(count, wanted)
+            last += digit << shift
+            wanted -= before
+        tl.store(row + 2, (length - 1 - last).to(tl.int64))
 
 
 @triton.jit
 def _keep_kernel(scores, segments, starts, offsets, state, keep, SPAN: tl.constexpr):
     program = tl.program_id(0)
-    segment = tl.load(segments + program).to(tl.int64)
-    begin, end = tl.load(offsets + segment), tl.load(offsets + segment + 1)
-    at = tl.load(starts + program) + tl.arange(0, SPAN)
-    key = _key(tl.load(scores + at, mask=at < end, other=0.0))
-    found, index = tl.load(state + segment * STATE), tl.load(state + segment * STATE + 3)
-    nothing = tl.load(state + segment * STATE + 4) == 2
-    goes = (key < found) | ((key == found) & (4294967295 - (at - begin) <= index))
-    tl.store(keep + at, (nothing | (goes == 0)).to(tl.int8), mask=at < end)
+    segment = tl.load(segments + program)
+    begin = tl.load(offsets + segment)
+    length = (tl.load(offsets + segment + 1) - begin).to(tl.int32)
+    score, at, inside = _load(scores, begin, length, tl.load(starts + program), SPAN)
+    key = _key(score)
+    found, index = tl.load(state + segment * STATE).to(tl.uint32), tl.load(state + segment * STATE + 2).to(tl.int32)
+    nothing = tl.load(state + segment * STATE + 3) == 2
+    goes = (key < found) | ((key == found) & (at >= index))
+    tl.store(keep + begin + at, (nothing | (goes == 0)).to(tl.int8), mask=inside)
 
 
 @triton.jit
@@ -135,16 +160,15 @@ class Segments:
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
         """For segments of *lengths*, one behind the other."""
         self.lengths, self.device = list(lengths), device
-        offsets, segments, starts = [0], [], []
+        offsets, segments, starts = [0], list[int](), list[int]()
         for segment, length in enumerate(lengths):
-            first = range(offsets[-1], offsets[-1] + length, SPAN)
-            segments += [segment] * len(first)
-            starts += list(first)
+            segments += [segment] * len(range(0, length, SPAN))
+            starts += range(0, length, SPAN)
             offsets.append(offsets[-1] + length)
         self.total = offsets[-1]
         self.offsets = torch.tensor(offsets, dtype=torch.int64).to(device)
         self.segments = torch.tensor(segments, dtype=torch.int32).to(device)
-        self.starts = torch.tensor(starts, dtype=torch.int64).to(device)
+        self.starts = torch.tensor(starts, dtype=torch.int32).to(device)
 
 
 def keep_highest(flat: Tensor, segments: Segments, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -154,7 +178,7 @@ def keep_highest(flat: Tensor, segments: Segments, counts: Sequence[int]) -> tup
     is not 0 where a score is NaN or infinite and the masks mean nothing. Of equal scores the lower index stays.
     """
     device, number = flat.device, len(segments.lengths)
-    begin = [[0, count, 0, 0, 0 if count > 0 else 2] for count in counts]
+    begin = [[0, count, 0, 0 if count > 0 else 2] for count in counts]
     state = torch.tensor(begin, dtype=torch.int64).to(device, non_blocking=True)
     bins = torch.zeros(number * 256, dtype=torch.int32, device=device)
     bad = torch.zeros(1, dtype=torch.int32, device=device)
@@ -163,10 +187,10 @@ def keep_highest(flat: Tensor, segments: Segments, counts: Sequence[int]) -> tup
     grid = (len(segments.segments),)
     if min(counts, default=1) <= 0:  # a segment that loses nothing is not looked at, and may hold NaN
         bad |= ~torch.isfinite(flat).all()
-    for ties in (False, True):
-        for shift in (24, 16, 8, 0):
-            _count_kernel[grid](*where, bins, bad, shift, ties, not ties and shift == 24, SPAN)
-            _choose_kernel[(number,)](state, bins, shift, ties)
+    for shift in (24, 16, 8, 0):
+        _count_kernel[grid](*where, bins, bad, shift, SPAN)
+        _choose_kernel[(number,)](state, bins, shift)
+    _ties_kernel[(number,)](flat, segments.offsets, state, SPAN)
     _keep_kernel[grid](*where, keep, SPAN)
     return keep, bad
 

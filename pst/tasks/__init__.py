@@ -28,8 +28,8 @@ class Rows(Protocol):
     def lengths(self) -> "np.ndarray[Any, np.dtype[np.int64]]":
         """(rows,) tokens of each row; rows of like length share a batch."""
 
-    def batch(self, rows: "list[int]") -> "dict[str, Tensor]":
-        """The model's inputs of these *rows*, padded on the right, and ``labels``."""
+    def batch(self, rows: "list[int]", *, length: int = 0) -> "dict[str, Tensor]":
+        """The model's inputs of these *rows*, padded on the right to the longest or to *length*, and ``labels``."""
 
     def weight(self, rows: "list[int]") -> int:
         """Over how many targets the loss of these *rows* is a mean: rows of a classifier, tokens of a language model.

@@ -12,6 +12,7 @@ from pst.kernels import low_rank
 from pst.kernels.matrices import Matrices, together
 from pst.masked_weight import MaskedLowRank
 from tests.pst.oracle import NAMES, OracleLinear, keep_highest
+from tests.pst.test_importance import named
 
 SHAPES = [(40, 24), (7, 5), (70, 130), (1, 9), (64, 64), (33, 1)]
 ALIGNED = [(64, 32), (16, 48), (128, 80)]
@@ -102,7 +103,7 @@ def test_gradients(
         tensors = [part.get_parameter(name) for name in NAMES]
         expected = torch.autograd.grad(weight, tensors, G.float())
         for name, mine, theirs in zip(NAMES, found[6 * index : 6 * index + 6], expected, strict=True):
-            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name} {text}")
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4, msg=named(name))
 
 
 @pytest.mark.parametrize("magnitude_gradient", [False, True])

@@ -1,0 +1,101 @@
+"""Steps recorded as CUDA graphs train as the same steps do that are not."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pst.graphs import RecordedSteps, padded_length
+from pst.methods.pst import PST
+from pst.sparsify import set_sparsity_, sparsify_
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+
+
+@pytest.mark.parametrize(("longest", "most", "expected"), [(1, 64, 16), (16, 64, 16), (17, 64, 32), (60, 62, 62)])
+def test_lengths_are_rounded_up_but_never_beyond_the_model(longest: int, most: int, expected: int) -> None:
+    assert padded_length(longest, most) == expected
+
+
+def _bert() -> nn.Module:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=99, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    model: nn.Module = BertForSequenceClassification(config)
+    return model
+
+
+def _batches(count: int) -> list[dict[str, Tensor]]:
+    """Two shapes in turn, with padding."""
+    random = torch.Generator().manual_seed(1)
+    made = []
+    for index in range(count):
+        ids = torch.randint(1, 99, (8, 16 + 16 * (index % 2)), generator=random)
+        mask = (torch.arange(ids.shape[1]) < torch.randint(4, ids.shape[1], (8, 1), generator=random)).long()
+        labels = torch.randint(2, (8,), generator=random)
+        made.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
+    return [{name: value.cuda() for name, value in one.items()} for one in made]
+
+
+def _train(model: nn.Module, pattern: str, *, record: bool) -> tuple[list[float], RecordedSteps | None]:
+    method = PST(lr=1e-3, lr_update=1e-3, lr_scores=1e-2)
+    sparsify_(model, method=method, pattern=pattern, generator=torch.Generator().manual_seed(2))
+    model.cuda().train()
+    groups = method.param_groups(model)
+    trainable = [parameter for one in groups for parameter in one["params"]]
+    optimizer = torch.optim.AdamW(groups, fused=True, capturable=True)
+    for one in optimizer.param_groups:
+        one["lr"] = torch.tensor(one["lr"], device="cuda")
+
+    def step(batch: dict[str, Tensor]) -> Tensor:
+        optimizer.zero_grad()
+        loss: Tensor = model(**batch).loss
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+        optimizer.step()
+        return loss.detach()
+
+    recorded = RecordedSteps(step) if record else None
+    losses = []
+    for index, batch in enumerate(_batches(16)):
+        set_sparsity_(model, min(0.5, index / 20))
+        losses.append(float((recorded or step)(batch)))
+    return losses, recorded
+
+
+@on_gpu
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+def test_recorded_steps_train_alike(pattern: str) -> None:
+    """Masks and learning rates change between the replays, as in training."""
+    base = _bert()
+    plain, other = copy.deepcopy(base), copy.deepcopy(base)
+    expected, _ = _train(plain, pattern, record=False)
+    found, recorded = _train(other, pattern, record=True)
+    assert recorded is not None
+    assert len(recorded.graphs) == 2
+    assert found == pytest.approx(expected, rel=2e-3)
+    for (name, mine), theirs in zip(other.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=2e-3, msg=lambda text, name=name: f"{name}: {text}")  # type: ignore[misc]
+
+
+@on_gpu
+def test_a_step_that_waits_for_the_gpu_runs_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    linear = nn.Linear(4, 1).cuda()
+
+    def step(batch: dict[str, Tensor]) -> Tensor:
+        value: Tensor = linear(batch["x"]).mean()
+        if value.item() > 1e9:  # what a recording cannot know
+            raise AssertionError
+        return value.detach()
+
+    recorded, batch = RecordedSteps(step), {"x": torch.randn(3, 4, device="cuda")}
+    values = [float(recorded(batch)) for _ in range(5)]
+    assert recorded.refused
+    assert not recorded.graphs
+    assert len(set(values)) == 1
+    assert "without CUDA graphs" in capsys.readouterr().err
