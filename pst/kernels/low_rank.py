@@ -18,10 +18,12 @@ from pst.kernels.matrices import Matrices
 
 FIELDS = tl.constexpr(16)
 TILE = (64, 64)
+"""Rows and columns of a tile of the forward pass."""
 STRIPE = 32
 """Rows, or columns, that one program of the backward pass sums over."""
 STEP = 64
 """How much of the other dimension it takes at a time."""
+WARPS = {"tile": 4, "rows": 4, "columns": 4}
 
 
 @triton.jit
@@ -243,7 +245,7 @@ def masked_weights(
     _masked_kernel[(len(tiles),)](
         matrices.table, matrices.scalars, tiles, addresses_of(outputs) if addresses is None else addresses,
         matrices.r2, _padded(matrices.r2), TYPES[outputs[0].dtype], matrices.axis == 0, _wide(matrices, outputs),
-        rows, columns, precision,
+        rows, columns, precision, num_warps=WARPS["tile"],
     )  # fmt: skip
 
 
@@ -254,7 +256,7 @@ def scores(matrices: Matrices, *, precision: str = "ieee") -> Tensor:
     found = torch.empty(matrices.offsets[-1], dtype=torch.float32, device=matrices.device)
     _scores_kernel[(len(tiles),)](
         matrices.table, matrices.scalars, tiles, found, matrices.r1, matrices.r2, _padded(matrices.r1),
-        _padded(matrices.r2), matrices.axis == 0, matrices.aligned, rows, columns, precision,
+        _padded(matrices.r2), matrices.axis == 0, matrices.aligned, rows, columns, precision, num_warps=WARPS["tile"],
     )  # fmt: skip
     return found
 
@@ -278,8 +280,12 @@ def gradients(
         matrices.r1, matrices.r2, _padded(matrices.r1), _padded(matrices.r2), TYPES[grads[0].dtype],
         matrices.axis == 0, _wide(matrices, grads), matrices.magnitude_gradient, STRIPE, STEP, precision,
     )  # fmt: skip
-    for kernel, tiles in ((_rows_kernel, matrices.tiles(STRIPE, 0)), (_columns_kernel, matrices.tiles(0, STRIPE))):
-        kernel[(len(tiles),)](matrices.table, matrices.scalars, tiles, which, where, *options)
+    for kernel, name, tiles in (
+        (_rows_kernel, "rows", matrices.tiles(STRIPE, 0)),
+        (_columns_kernel, "columns", matrices.tiles(0, STRIPE)),
+    ):
+        grid = (len(tiles),)
+        kernel[grid](matrices.table, matrices.scalars, tiles, which, where, *options, num_warps=WARPS[name])
     return results
 
 

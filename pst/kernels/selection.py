@@ -17,7 +17,8 @@ from torch import Tensor
 SPAN = 8192
 """Scores that one program counts."""
 STATE = tl.constexpr(4)
-"""Of each segment, int64: key found so far, entries still to go, first index to go, settled (2: nothing goes)."""
+"""Of each segment, int64: key found so far, entries still to go, place counted from the end up
+to which ties go, settled (2: nothing goes)."""
 
 
 @triton.jit
@@ -38,25 +39,32 @@ def _load(scores, begin, length, start, SPAN: tl.constexpr):
 
 @triton.jit
 def _count_kernel(
-    scores, segments, starts, offsets, state, counts, bad, SHIFT: tl.constexpr, SPAN: tl.constexpr,
+    scores, segments, starts, offsets, state, counts, bad, SHIFT: tl.constexpr, TIES: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """Add to counts (segments, 256) how many keys of this span have which byte at SHIFT, of those still in question."""
+    """Add to counts (segments, 256) how many keys of this span have which byte at SHIFT, of those still in question.
+
+    TIES: the entries are those that have the key found, and their keys the places counted from the segment's end.
+    """
     program = tl.program_id(0)
     segment = tl.load(segments + program)
     begin = tl.load(offsets + segment)
     length = (tl.load(offsets + segment + 1) - begin).to(tl.int32)
     if tl.load(state + segment * STATE + 3) == 0:
-        score, _, inside = _load(scores, begin, length, tl.load(starts + program), SPAN)
+        score, at, inside = _load(scores, begin, length, tl.load(starts + program), SPAN)
         key = _key(score)
-        digit = ((key >> SHIFT) & 255).to(tl.int32)
-        if SHIFT == 24:
+        found = tl.load(state + segment * STATE).to(tl.uint32)
+        if SHIFT == 24 and not TIES:
             finite = tl.abs(score) < float("inf")  # False for NaN
             if tl.sum((inside & (finite == 0)).to(tl.int32)) > 0:
                 tl.store(bad, 1)
-        else:
-            found = tl.load(state + segment * STATE).to(tl.uint32)
+        if TIES:
+            inside = inside & (key == found)
+            key = (length - 1 - at).to(tl.uint32)
+            found = tl.load(state + segment * STATE + 2).to(tl.uint32)
+        if SHIFT < 24:
             inside = inside & ((key >> (SHIFT + 8)) == (found >> (SHIFT + 8)))
-        if SHIFT >= 16:
+        digit = ((key >> SHIFT) & 255).to(tl.int32)
+        if SHIFT >= 16 and not TIES:
             histogram = tl.histogram(digit, 256, mask=inside)
             bins = tl.arange(0, 256)
             tl.atomic_add(counts + segment * 256 + bins, histogram, mask=histogram > 0, sem="relaxed")
@@ -65,15 +73,7 @@ def _count_kernel(
 
 
 @triton.jit
-def _byte(count, wanted):
-    """Which of 256 bins holds the wanted-th entry, how many lie in the bins before it, and how many in it."""
-    bins = tl.arange(0, 256)
-    digit = tl.sum((tl.cumsum(count, 0) < wanted).to(tl.int32), 0)
-    return digit, tl.sum(tl.where(bins < digit, count, 0), 0), tl.sum(tl.where(bins == digit, count, 0), 0)
-
-
-@triton.jit
-def _choose_kernel(state, counts, SHIFT: tl.constexpr):
+def _choose_kernel(state, counts, SHIFT: tl.constexpr, TIES: tl.constexpr):
     """The byte at SHIFT of the count-th lowest key of one segment; the counts go back to zero."""
     segment = tl.program_id(0)
     row = state + segment * STATE
@@ -82,38 +82,17 @@ def _choose_kernel(state, counts, SHIFT: tl.constexpr):
         count = tl.load(counts + segment * 256 + bins)
         tl.store(counts + segment * 256 + bins, tl.zeros_like(count))
         wanted = tl.load(row + 1)
-        digit, before, among = _byte(count, wanted)
-        tl.store(row, tl.load(row) + (digit.to(tl.int64) << SHIFT))
-        tl.store(row + 1, wanted - before)
-        if SHIFT == 0 and wanted - before == among:  # all that are equal go
-            tl.store(row + 2, -1)
-            tl.store(row + 3, 1)
-
-
-@triton.jit
-def _ties_kernel(scores, offsets, state, SPAN: tl.constexpr):
-    """The index from which on, of one segment's entries that have the key found, as many go as still have to."""
-    segment = tl.program_id(0)
-    row = state + segment * STATE
-    if tl.load(row + 3) == 0:
-        begin = tl.load(offsets + segment)
-        length = (tl.load(offsets + segment + 1) - begin).to(tl.int32)
-        found, wanted = tl.load(row).to(tl.uint32), tl.load(row + 1).to(tl.int32)
-        last = tl.zeros((), dtype=tl.int32)  # counted from the end
-        for byte in tl.static_range(4):
-            shift = 24 - 8 * byte
-            count = tl.zeros((256,), dtype=tl.int32)
-            for start in range(0, length, SPAN):
-                score, at, inside = _load(scores, begin, length, start, SPAN)
-                place = length - 1 - at
-                inside = inside & (_key(score) == found)
-                if byte > 0:
-                    inside = inside & ((place >> (shift + 8)) == (last >> (shift + 8)))
-                count += tl.histogram((place >> shift) & 255, 256, mask=inside)
-            digit, before, _ = _byte(count, wanted)
-            last += digit << shift
-            wanted -= before
-        tl.store(row + 2, (length - 1 - last).to(tl.int64))
+        digit = tl.sum((tl.cumsum(count, 0) < wanted).to(tl.int32), 0)
+        left = wanted - tl.sum(tl.where(bins < digit, count, 0), 0)
+        field = 2 if TIES else 0
+        tl.store(row + field, tl.load(row + field) + (digit.to(tl.int64) << SHIFT))
+        tl.store(row + 1, left)
+        if SHIFT == 0:
+            if TIES:
+                tl.store(row + 3, 1)
+            elif left == tl.sum(tl.where(bins == digit, count, 0), 0):  # all that are equal go
+                tl.store(row + 2, 2147483647)
+                tl.store(row + 3, 1)
 
 
 @triton.jit
@@ -124,9 +103,9 @@ def _keep_kernel(scores, segments, starts, offsets, state, keep, SPAN: tl.conste
     length = (tl.load(offsets + segment + 1) - begin).to(tl.int32)
     score, at, inside = _load(scores, begin, length, tl.load(starts + program), SPAN)
     key = _key(score)
-    found, index = tl.load(state + segment * STATE).to(tl.uint32), tl.load(state + segment * STATE + 2).to(tl.int32)
+    found, last = tl.load(state + segment * STATE).to(tl.uint32), tl.load(state + segment * STATE + 2).to(tl.int32)
     nothing = tl.load(state + segment * STATE + 3) == 2
-    goes = (key < found) | ((key == found) & (at >= index))
+    goes = (key < found) | ((key == found) & (length - 1 - at <= last))
     tl.store(keep + begin + at, (nothing | (goes == 0)).to(tl.int8), mask=inside)
 
 
@@ -187,10 +166,10 @@ def keep_highest(flat: Tensor, segments: Segments, counts: Sequence[int]) -> tup
     grid = (len(segments.segments),)
     if min(counts, default=1) <= 0:  # a segment that loses nothing is not looked at, and may hold NaN
         bad |= ~torch.isfinite(flat).all()
-    for shift in (24, 16, 8, 0):
-        _count_kernel[grid](*where, bins, bad, shift, SPAN)
-        _choose_kernel[(number,)](state, bins, shift)
-    _ties_kernel[(number,)](flat, segments.offsets, state, SPAN)
+    for ties in (False, True):
+        for shift in (24, 16, 8, 0):
+            _count_kernel[grid](*where, bins, bad, shift, ties, SPAN)
+            _choose_kernel[(number,)](state, bins, shift, ties)
     _keep_kernel[grid](*where, keep, SPAN)
     return keep, bad
 
