@@ -234,7 +234,7 @@ TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: 
 
 
 def masked_weights(
-    matrices: Matrices, outputs: Sequence[Tensor], *, addresses: Tensor | None = None, precision: str = "ieee"
+    matrices: Matrices, outputs: Sequence[Tensor], *, addresses: Tensor | None = None, precision: str = "tf32x3"
 ) -> None:
     """Write M * (W0 + beta U V) of each matrix to its *outputs*, laid out and strided as W0, of one dtype of TYPES.
 
@@ -249,7 +249,7 @@ def masked_weights(
     )  # fmt: skip
 
 
-def scores(matrices: Matrices, *, precision: str = "ieee") -> Tensor:
+def scores(matrices: Matrices, *, precision: str = "tf32x3") -> Tensor:
     """S of all matrices, one behind the other, each by rows: (matrices.offsets[-1],) float32."""
     rows, columns = TILE
     tiles = matrices.tiles(rows, columns)
@@ -285,7 +285,9 @@ def gradients(
         (_columns_kernel, "columns", matrices.tiles(0, STRIPE)),
     ):
         grid = (len(tiles),)
-        kernel[grid](matrices.table, matrices.scalars, tiles, which, where, *options, num_warps=WARPS[name])
+        kernel[grid](
+            matrices.table, matrices.scalars, tiles, which, where, *options, num_warps=WARPS[name], num_stages=1
+        )
     return results
 
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-SPAN = 8192
+SPAN = 2048
 """Scores that one program counts."""
 STATE = tl.constexpr(4)
 """Of each segment, int64: key found so far, entries still to go, place counted from the end up
