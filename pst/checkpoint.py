@@ -4,20 +4,50 @@ DIR/checkpoints/step-00000100.pt      model, optimizer, random states, step, con
 """
 
 import random
+import time
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from pst.distributed import Processes
 from pst.errors import RunError
 from pst.files import atomic_file, remove
 from pst.progress import note
 
 SCHEMA_VERSION = 2
 KEPT = 2
+USUAL = 100
+"""Steps between checkpoints, unless the user says otherwise."""
+SHARE = 0.05
+"""Of the time that may go into writing them."""
+
+
+class Pace:
+    """When a checkpoint is due."""
+
+    def __init__(self, every: int | None, group: Processes) -> None:
+        """*every* steps; 0 is never. None: every USUAL steps, as long as writing takes up to SHARE of the time."""
+        self.every, self.adaptive, self.group = USUAL if every is None else every, every is None, group
+        self.not_before = 0.0
+
+    def is_due(self, done: int) -> bool:
+        """After *done* steps; the first process decides for all."""
+        if not self.every or done % self.every:
+            return False
+        return self.group.gather(not self.adaptive or time.monotonic() >= self.not_before)[0]
+
+    @contextmanager
+    def measured(self) -> Iterator[None]:
+        """Around the writing of one."""
+        began = time.monotonic()
+        yield
+        ended = time.monotonic()
+        self.not_before = ended + (ended - began) / SHARE
 
 
 def random_state() -> dict[str, Any]:

@@ -74,9 +74,9 @@ class TrainConfig:
     )
     weight_decay: float = field(0.0, "AdamW's decoupled weight decay")
     max_grad_norm: float = field(1.0, "gradients are scaled down to this norm; 0 = never")
-    sparsity_initial: float = field(0.0, "sparsity before the ramp")
-    sparsity_warmup: float = field(0.1, "fraction of the steps before the cubic ramp begins")
-    sparsity_cooldown: float = field(0.3, "fraction of the steps after it ends")
+    sparsity_initial: float | None = field(None, "sparsity before the ramp")
+    sparsity_warmup: float | None = field(None, "fraction of the steps before the cubic ramp begins")
+    sparsity_cooldown: float | None = field(None, "fraction of the steps after it ends")
 
     calibration: int | None = field(
         None, "pst: training rows from which each stage of the schedule makes up for what it prunes; 0 = it does not"
@@ -93,7 +93,9 @@ class TrainConfig:
     seed: int | None = field(None, "seed of the head's start, the order of rows and dropout")
     device: str = field("auto", "auto, cpu, or cuda")
     eval_every: int = field(0, "steps between evaluations; 0 = at the end only")
-    checkpoint_every: int = field(100, "steps between checkpoints; 0 = only when interrupted")
+    checkpoint_every: int | None = field(
+        None, "steps between checkpoints; 0 = only when interrupted; none = 100, or more where writing takes long"
+    )
 
     def __post_init__(self) -> None:
         """Raise ConfigError or PatternError for a value that no run could use."""
@@ -109,9 +111,8 @@ class TrainConfig:
             "steps": 0,
             "limit": 0,
             "eval_every": 0,
-            "checkpoint_every": 0,
         }
-        at_least |= {"r1": 1, "r2": 1, "max_length": 3, "seed": 0, "calibration": 0}
+        at_least |= {"checkpoint_every": 0, "r1": 1, "r2": 1, "max_length": 3, "seed": 0, "calibration": 0}
         for name, lowest in at_least.items():
             value = getattr(self, name)
             if value is not None and value < lowest:
@@ -155,7 +156,8 @@ class TrainConfig:
         known = {f.name for f in fields(self)}
         changes = {name: value for name, value in defaults.items() if name in known and getattr(self, name) is None}
         keeps = getattr(module, "KEEPS_ZEROS", False)
-        return replace(self, **changes, **self._settled_pattern(prunes=self.method != "dense", keeps=keeps))
+        full = replace(self, **changes)
+        return replace(full, **full._settled_pattern(prunes=self.method != "dense", keeps=keeps))
 
     def _settled_pattern(self, *, prunes: bool, keeps: bool) -> dict[str, Any]:
         if not prunes:
@@ -179,13 +181,17 @@ class TrainConfig:
                 "leave --sparsity out."
             )
         final = self.sparsity if fixed is None else fixed
+        initial, warmup, cooldown = self.sparsity_initial, self.sparsity_warmup, self.sparsity_cooldown
         assert final is not None
+        assert initial is not None
+        assert warmup is not None
+        assert cooldown is not None
         CubicSchedule(  # raises for what no run could use; a start above the end is a start at the end
-            initial=min(self.sparsity_initial, final),
+            initial=min(initial, final),
             final=final,
             steps=1,
-            warmup=self.sparsity_warmup,
-            cooldown=self.sparsity_cooldown,
+            warmup=warmup,
+            cooldown=cooldown,
         )
         return {"sparsity": final}
 
@@ -200,5 +206,8 @@ COMMON = {
     "lr_update": 0.0,
     "lr_scores": 0.0,
     "calibration": 0,
+    "sparsity_initial": 0.0,
+    "sparsity_warmup": 0.1,
+    "sparsity_cooldown": 0.3,
 }
 """Defaults for every method; a method's own DEFAULTS win."""

@@ -123,11 +123,11 @@ def _train(
     )
     steps = config.steps or max(1, math.ceil(_given(config.epochs) * math.ceil(len(rows) / config.batch_size)))
     schedule = CubicSchedule(
-        initial=min(shape.sparsity_initial, _given(shape.sparsity)),
+        initial=min(_given(shape.sparsity_initial), _given(shape.sparsity)),
         final=_given(shape.sparsity),
         steps=steps,
-        warmup=config.sparsity_warmup,
-        cooldown=config.sparsity_cooldown,
+        warmup=_given(config.sparsity_warmup),
+        cooldown=_given(config.sparsity_cooldown),
     )
     calibration = None
     if config.calibration and method is not None:
@@ -229,6 +229,7 @@ def _train(
 
     # The loop
     start = time.monotonic()
+    pace = checkpoint.Pace(config.checkpoint_every, group)
     model.train()
     lengths = rows.lengths()
     batches = training_rows(lengths, batch_size=config.batch_size, seed=seed, first_step=first_step, steps=steps)
@@ -258,8 +259,9 @@ def _train(
             if config.eval_every and done % config.eval_every == 0 and done < steps:
                 log(step=done, eval=evaluate(final=False))
             stopping = group.any(stopped(), device)
-            if stopping or (config.checkpoint_every and done % config.checkpoint_every == 0 and done < steps):
-                save_checkpoint(done)
+            if stopping or (done < steps and pace.is_due(done)):
+                with pace.measured():
+                    save_checkpoint(done)
                 stopping = group.any(stopped(), device)  # the signal may have come just now
             if stopping:
                 raise InterruptedRun(f"Stopped at step {done} of {steps}; continue with --resume --output {output}.")
