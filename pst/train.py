@@ -90,6 +90,8 @@ def _train(
         note(f"{output} is finished already.")
         return _result(output, report)
     device = _device(config.device, group)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where graphs are recorded and kernels are started
     memory.reset_peak(device)
     torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
     seed = _given(config.seed)

@@ -92,6 +92,19 @@ def test_quoted_table_is_the_committed_report() -> None:
         assert verdict in " ".join(line.strip() for line in README.splitlines())
 
 
+def test_training_figures_are_those_of_the_committed_reports() -> None:
+    steps = json.loads((ROOT / "benchmarks/train_step_h100_202611.json").read_text(encoding="utf-8"))["rows"]
+    found = re.findall(r"([\d.]+) ms, ([\d.]+) GB", README)
+    assert len(found) == 10
+    measured = {(f"{row['step_ms']['median']:.1f}", f"{row['peak_memory_bytes'] / 1e9:.2f}") for row in steps}
+    assert set(found) <= measured
+    rows = json.loads((ROOT / "benchmarks/accuracy_h200_202611.json").read_text(encoding="utf-8"))["rows"]
+    means = {f"{row['mean']['value']['mean']:.1f} ± {row['mean']['value']['std']:.1f}" for row in rows}
+    quoted = re.findall(r"[\d.]+ ± [\d.]+", README)
+    assert len(quoted) == 10
+    assert set(quoted) <= means
+
+
 def test_readme_names_every_command_and_links_to_what_exists() -> None:
     listed = subprocess.run(
         [sys.executable, "-m", "cli", "--help"], cwd=ROOT, env=environment(), capture_output=True, text=True, check=True

@@ -77,11 +77,11 @@ def test_every_step_is_a_place_to_stop(
 def test_a_checkpoint_holds_masks_and_sparsity(
     interrupt: Interrupt, tiny_bert: Path, reviews_file: Path, tmp_path: Path
 ) -> None:
-    config = options(tiny_bert, reviews_file, sparsity=0.8)
+    config = options(tiny_bert, reviews_file, sparsity=0.8, calibration=0)
     interrupt(config, tmp_path / "out", at=6)
     state = checkpoint.load_last(tmp_path / "out" / "checkpoints")
     assert state is not None
-    asked = CubicSchedule(initial=0.0, final=0.8, steps=12)(5)
+    asked = CubicSchedule(initial=0.5, final=0.8, steps=12, warmup=0.0, cooldown=0.5)(5)
     sparsities = [value for name, value in state["model"].items() if name.endswith(".sparsity")]
     assert [value.item() for value in sparsities] == [asked] * 12
     mask = state["model"]["bert.encoder.layer.0.intermediate.dense.parametrizations.weight.0.mask"]

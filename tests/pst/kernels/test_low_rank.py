@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+pytest.importorskip("triton", reason="the kernels need Triton")
+
 from pst.importance import Scales
 from pst.kernels import low_rank
 from pst.kernels.matrices import Matrices, together

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+pytest.importorskip("triton", reason="the kernels need Triton")
+
 from pst import kernels
 from pst.kernels import selection
 from pst.patterns import masks, parse_pattern
