@@ -18,6 +18,8 @@ from pst.train import train
 from tests.conftest import save_tokenizer
 from tests.pst.training import checkpoint_steps, log_lines, options, report, tensors, weights
 
+RAMP = {"sparsity_initial": 0.0, "sparsity_warmup": 0.1, "sparsity_cooldown": 0.3}
+"""Masks that change at most of the steps."""
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
 LAUNCH += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]  # a free port
@@ -75,13 +77,13 @@ def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
 
 
 def flags(model: Path, data: Path, **changes: Any) -> list[str]:
-    chosen = {"batch_size": 9, "device": "cpu", **changes}  # 9: one process has a row more than the other
+    chosen = {"batch_size": 9, "device": "cpu", **RAMP, **changes}  # 9: one process has a row more than the other
     sets = [word for name, value in chosen.items() for word in ("--set", f"{name}={value}")]
     return ["--model", str(model), "--data", str(data), "--sparsity", "0.5", "--steps", "40", *sets]
 
 
 def test_two_processes_do_what_one_does(still_bert: Path, reviews_file: Path, tmp_path: Path) -> None:
-    one = train(options(still_bert, reviews_file, steps=40, batch_size=9, eval_every=20), tmp_path / "one")
+    one = train(options(still_bert, reviews_file, **RAMP, steps=40, batch_size=9, eval_every=20), tmp_path / "one")
     said = launched("-m", "cli", "train", *flags(still_bert, reviews_file, eval_every=20), "-o", str(tmp_path / "two"))
     assert said.count(f"{tmp_path / 'two' / 'model'}: accuracy") == 1  # one of them speaks
     assert report(tmp_path / "two")["processes"] == 2
