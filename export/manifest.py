@@ -27,7 +27,7 @@ class TensorInfo:
     dtype: str
     """numpy's name: int64, float32."""
     shape: tuple[str | int, ...]
-    """A name for each dynamic dimension (batch_size, sequence_length), a number for each fixed one."""
+    """A name or a sum of names for each dynamic dimension (batch_size, sequence_length), a number for a fixed one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,8 @@ class Parity:
     max_rel_error: float
     """|difference| / |PyTorch|, over the outputs larger than the absolute tolerance."""
     label_agreement: float | None
-    """Fraction of rows with the same highest score; None for regression."""
+    """Fraction of answers (rows; tokens where each has one) with the same highest score; None for outputs that are no
+    scores: regression and feature_extraction."""
     tolerance: Mapping[str, float]
     """atol and rtol: every output is within atol + rtol * |PyTorch|."""
     cases: tuple[Mapping[str, Any], ...]
@@ -71,11 +72,12 @@ class Manifest:
     precision: str
     """Of the graph's weights and arithmetic: fp32."""
     task: str
-    """classification or regression."""
+    """classification, regression, or another head: token_classification, question_answering, feature_extraction,
+    text_generation."""
     labels: tuple[str, ...]
-    """Names by label id; empty for regression."""
+    """Names by label id, of classification and token_classification; empty for others."""
     max_length: int
-    """Tokens a row is cut to."""
+    """Tokens a row is cut to; of text_generation, the most that prompt and answer have together."""
     pad_token_id: int
     pattern: str
     sparsity: Mapping[str, float]

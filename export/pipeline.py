@@ -11,6 +11,7 @@ from typing import Any
 
 import onnx
 
+from export.heads import check_task
 from export.manifest import MODEL_NAME, Manifest, TensorInfo
 from export.parity import ATOL, RTOL, check_parity, open_session
 from export.passes import run_passes
@@ -26,6 +27,7 @@ from pst.progress import note, progress
 _PROTOBUF_LIMIT = 2_000_000_000  # bytes; a protobuf file ends at 2 GiB, some of which is the graph
 _LOAD, _TRACE, _WRITE, _COMPARE = 15, 50, 5, 30  # per cent of the time that each stage usually takes
 _STEPS = _LOAD + _TRACE + _WRITE + _COMPARE
+_COPIED = ("config.json", "generation_config.json")
 _PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "tokenizers", "numpy")
 
 
@@ -33,6 +35,7 @@ def export(
     source: Path,
     output: Path,
     *,
+    task: str = "auto",
     opset: int = 17,
     examples: Any = None,
     overwrite: bool = False,
@@ -42,22 +45,24 @@ def export(
 ) -> Manifest:
     """Write the ONNX artifact of a run or model folder to *output*, and return its manifest.
 
+    *task* is the name of a head (export/heads), or "auto" for the one that the model's class has.
     *examples* (a pst.data.Examples) are the real inputs on which ONNX Runtime is compared with PyTorch; without them a
     few built-in sentences are used. *external_data* keeps the weights in a file beside model.onnx, as is always done
     above 2 GB. *atol* and *rtol* bound the difference of every output: atol + rtol * |PyTorch|.
     Nothing is written unless the pattern holds and the outputs agree.
     Raises ConfigError, ModelError, ArtifactError, RunError and StorageError.
     """
-    check_options(output, opset=opset, overwrite=overwrite, atol=atol, rtol=rtol)
+    check_options(output, task=task, opset=opset, overwrite=overwrite, atol=atol, rtol=rtol)
     with progress("Exporting", total=_STEPS) as advance:
         return _export(
-            source, output, advance, opset=opset, examples=examples, overwrite=overwrite, external_data=external_data,
-            atol=atol, rtol=rtol,
+            source, output, advance, task=task, opset=opset, examples=examples, overwrite=overwrite,
+            external_data=external_data, atol=atol, rtol=rtol,
         )  # fmt: skip
 
 
-def check_options(output: Path, *, opset: int, overwrite: bool, atol: float, rtol: float) -> None:
+def check_options(output: Path, *, task: str, opset: int, overwrite: bool, atol: float, rtol: float) -> None:
     """Raise what export raises for options that no model could be exported with, before any work is done."""
+    check_task(task)
     check_opset(opset)
     if not (0 <= atol < math.inf and 0 <= rtol < math.inf):
         raise ConfigError(f"--atol is {atol:g} and --rtol {rtol:g}; each must be a finite number of at least 0.")
@@ -69,6 +74,7 @@ def _export(
     output: Path,
     advance: Callable[..., None],
     *,
+    task: str,
     opset: int,
     examples: Any,
     overwrite: bool,
@@ -76,7 +82,7 @@ def _export(
     atol: float,
     rtol: float,
 ) -> Manifest:
-    loaded = load_source(source)
+    loaded = load_source(source, task=task)
     advance(_LOAD)
     report = loaded.sparsity or {}
     pattern, claims = str(report.get("pattern", "dense")), report.get("weights", [])
@@ -99,7 +105,9 @@ def _export(
             loaded, open_session(folder / MODEL_NAME), examples=examples, atol=atol, rtol=rtol, advance=compared
         )
         note(f"Outputs agree with PyTorch within {parity.max_abs_error:.1e}.")
-        shutil.copyfile(loaded.folder / "config.json", folder / "config.json")
+        for name in _COPIED:
+            if (loaded.folder / name).is_file():
+                shutil.copyfile(loaded.folder / name, folder / name)
         _save_tokenizer(loaded.tokenizer, folder)
         manifest = Manifest(
             inputs=tuple(_tensor(value) for value in model.graph.input),

@@ -20,9 +20,9 @@ def folder(tiny_bert: Path, tmp_path: Path) -> Path:
     return shutil.copytree(tiny_bert, tmp_path / "model")
 
 
-def refused(folder: Path, match: str) -> None:
+def refused(folder: Path, match: str, **options: Any) -> None:
     with pytest.raises(ModelError, match=match):
-        load_source(folder)
+        load_source(folder, **options)
 
 
 def edit(path: Path, **changes: Any) -> None:
@@ -41,7 +41,10 @@ def test_loads_in_float32_and_eval_mode(folder: Path) -> None:
 
 def test_no_head(folder: Path) -> None:
     AutoModel.from_pretrained(folder).save_pretrained(folder)
-    refused(folder, r"no trained classifier head \(its weights lack classifier\.bias, classifier\.weight\)")
+    words = r"no trained classifier head \(its weights lack classifier\.bias, classifier\.weight\)"
+    refused(folder, words, task="classification")
+    refused(folder, r"no trained head for question_answering \(its weights lack qa_outputs", task="question_answering")
+    assert load_source(folder).task == "feature_extraction"
 
 
 def test_head_of_another_size(folder: Path) -> None:
