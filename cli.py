@@ -215,7 +215,9 @@ def export(
     opset: Annotated[int, typer.Option(help="ONNX operator set; 17 is the newest that TensorRT 8.6 reads.")] = 17,
     data: DataOption = None,
     sets: DataSets = None,
-    atol: Annotated[float, typer.Option(help="Largest absolute difference from PyTorch.")] = 1e-4,
+    atol: Annotated[
+        float, typer.Option(help="Largest absolute difference from PyTorch, per unit of root mean square above 1.")
+    ] = 1e-4,
     rtol: Annotated[float, typer.Option(help="Largest difference relative to PyTorch, added to --atol.")] = 1e-3,
     external_data: Annotated[
         bool, typer.Option("--external-data", help="Keep the weights in a file beside model.onnx.")

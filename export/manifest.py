@@ -57,7 +57,8 @@ class Parity:
     """Fraction of answers (rows; tokens where each has one) with the same highest score; None for outputs that are no
     scores: regression and feature_extraction."""
     tolerance: Mapping[str, float]
-    """atol and rtol: every output is within atol + rtol * |PyTorch|."""
+    """atol and rtol: every output is within atol * size + rtol * |PyTorch|; size is the outputs' root mean square, 1 at
+    least."""
     cases: tuple[Mapping[str, Any], ...]
     """Of each group of inputs: name, rows, batch_size, sequence_length, max_abs_error."""
 

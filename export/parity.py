@@ -56,10 +56,11 @@ def check_parity(
 
     *advance* is told the fraction done after each comparison.
 
-    Every output must be within atol + rtol * |PyTorch|; so a row can get another label only where its two highest
-    scores are a tie within twice that. A decoder reads each case in steps, its own cache handed on, and every step is
-    compared with PyTorch's answer to the whole, without a cache. Raises ArtifactError beyond the tolerance, or where
-    PyTorch's outputs are not finite.
+    Every output must be within atol * size + rtol * |PyTorch|, where size is the root mean square of PyTorch's output,
+    1 at least: rounding grows with what is added up, not with what is left. So a row can get another label only where
+    its two highest scores are a tie within twice that. A decoder reads each case in steps, its own cache handed on,
+    and every step is compared with PyTorch's answer to the whole, without a cache. Raises ArtifactError beyond the
+    tolerance, or where PyTorch's outputs are not finite.
     """
     absolute, relative, agree, answers = 0.0, 0.0, 0, 0
     reports: dict[str, dict[str, Any]] = {}
@@ -139,11 +140,12 @@ def _compare(source: Source, case: Case, output: Output, *, atol: float, rtol: f
         raise ArtifactError(
             f"The model's own outputs {where} are not finite; its training diverged, so train it again."
         )
-    difference, allowed = np.abs(actual - expected), atol + rtol * np.abs(expected)
+    size = max(1.0, float(np.sqrt(np.mean(np.square(expected[counts], dtype=np.float64)))))
+    difference, allowed = np.abs(actual - expected), atol * size + rtol * np.abs(expected)
     if not (difference <= allowed)[counts].all() or not np.isfinite(actual).all():  # also true of NaN
         raise ArtifactError(
             f"ONNX Runtime differs from PyTorch by {float(difference[counts].max()):.3g} {where}, beyond the tolerance "
-            f"of {atol:g} + {rtol:g} * |PyTorch|; nothing was written. Try another --opset, "
+            f"of {atol * size:.3g} + {rtol:g} * |PyTorch|; nothing was written. Try another --opset, "
             "or allow more with --atol and --rtol."
         )
     axis = source.head.agrees_along

@@ -48,7 +48,7 @@ def export(
     *task* is the name of a head (export/heads), or "auto" for the one that the model's class has.
     *examples* (a pst.data.Examples) are the real inputs on which ONNX Runtime is compared with PyTorch; without them a
     few built-in sentences are used. *external_data* keeps the weights in a file beside model.onnx, as is always done
-    above 2 GB. *atol* and *rtol* bound the difference of every output: atol + rtol * |PyTorch|.
+    above 2 GB. *atol* and *rtol* bound the difference of every output, as export.parity says.
     Nothing is written unless the pattern holds and the outputs agree.
     Raises ConfigError, ModelError, ArtifactError, RunError and StorageError.
     """

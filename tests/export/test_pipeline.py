@@ -274,6 +274,19 @@ def test_labels_may_differ_only_in_ties(tiny_bert: Path) -> None:
         parity._compare(source, case, replace(output, expected=np.full_like(expected, np.inf)), atol=1e-4, rtol=1e-3)
 
 
+def test_the_tolerance_grows_with_the_outputs(tiny_bert: Path) -> None:
+    source, case = load_source(tiny_bert), Case(name="text", feeds={"input_ids": np.ones((1, 4), np.int64)})
+    expected = np.array([[30.0, -30.0, 30.0, 0.0]], np.float32)
+    for scale, off, fits in ((1.0, 0.002, True), (1.0, 0.003, False), (0.01, 0.002, False)):
+        output = parity.Output(name="logits", expected=expected * scale, actual=expected * scale)
+        output.actual[0, 3] += off
+        if fits:
+            parity._compare(source, case, output, atol=1e-4, rtol=0)
+        else:
+            with pytest.raises(ArtifactError, match="differs"):
+                parity._compare(source, case, output, atol=1e-4, rtol=0)
+
+
 def test_what_lies_at_padding_does_not_count(tiny_bert: Path) -> None:
     source, case = load_source(tiny_bert), Case(name="text", feeds={"input_ids": np.ones((1, 2), np.int64)})
     expected = np.array([[[1.0, 2.0], [9.0, 1.0]]], np.float32)
