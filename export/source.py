@@ -66,6 +66,7 @@ def load_source(path: Path, *, task: str = "auto") -> Source:
     sparsity = _read_sparsity(folder)
     with quiet_transformers():
         model = _load_model(folder, head)
+        input_names = INPUTS if head.cached else _input_names(model, folder)
         tokenizer = _load_tokenizer(folder)
     config = model.config
     regression = head.task == "classification" and (
@@ -82,7 +83,7 @@ def load_source(path: Path, *, task: str = "auto") -> Source:
     return Source(
         folder=folder, model=model, tokenizer=tokenizer, sparsity=_renamed(sparsity, model), head=head,
         task="regression" if regression else head.task, labels=labels, max_length=max_length,
-        pad_token_id=pad_token_id, input_names=INPUTS if head.cached else _input_names(model),
+        pad_token_id=pad_token_id, input_names=input_names,
         cache=cache_layers(model, where=str(folder)) if head.cached else (),
     )  # fmt: skip
 
@@ -229,8 +230,17 @@ def _set_padding(tokenizer: Any, config: Any, folder: Path, *, cached: bool) -> 
     return int(tokenizer.pad_token_id)
 
 
-def _input_names(model: Any) -> tuple[str, ...]:
-    """Optimum's input names. Segment ids go in only where the model has more than one segment to tell apart."""
+def _input_names(model: Any, folder: Path) -> tuple[str, ...]:
+    """Optimum's input names. Segment ids go in only where the model has more than one segment to tell apart.
+
+    Raises ModelError for a model that does not read tokens.
+    """
     accepted = python_inspect.signature(model.forward).parameters
+    missing = [name for name in ("input_ids", "attention_mask") if name not in accepted]
+    if "input_ids" in missing or (missing and not any(entry.kind is entry.VAR_KEYWORD for entry in accepted.values())):
+        raise ModelError(
+            f"{folder} is a {type(model).__name__}, which takes no {' and no '.join(missing)}; "
+            "export takes models that read tokens, with a mask for padding."
+        )
     segments = "token_type_ids" in accepted and (getattr(model.config, "type_vocab_size", 0) or 0) > 1
     return ("input_ids", "attention_mask", *(("token_type_ids",) if segments else ()))
