@@ -213,12 +213,22 @@ def export(
         ),
     ] = "auto",
     opset: Annotated[int, typer.Option(help="ONNX operator set; 17 is the newest that TensorRT 8.6 reads.")] = 17,
+    precision: Annotated[
+        str, typer.Option(help="fp32, or fp16 or bf16 with norms, softmax and logits in fp32.")
+    ] = "fp32",
     data: DataOption = None,
     sets: DataSets = None,
     atol: Annotated[
-        float, typer.Option(help="Largest absolute difference from PyTorch, per unit of root mean square above 1.")
-    ] = 1e-4,
-    rtol: Annotated[float, typer.Option(help="Largest difference relative to PyTorch, added to --atol.")] = 1e-3,
+        float | None,
+        typer.Option(
+            help="Largest absolute difference from PyTorch, per unit of root mean square above 1 "
+            "[fp32 1e-4, fp16 3e-2, bf16 0.25]."
+        ),
+    ] = None,
+    rtol: Annotated[
+        float | None,
+        typer.Option(help="Largest difference relative to PyTorch, added to --atol [fp32 1e-3, fp16 2e-2, bf16 5e-2]."),
+    ] = None,
     external_data: Annotated[
         bool, typer.Option("--external-data", help="Keep the weights in a file beside model.onnx.")
     ] = False,
@@ -236,13 +246,14 @@ def export(
 
     if format != "onnx":
         raise ConfigError(f"Unknown format {format!r}; use --format onnx.")
-    check_options(output, task=task, opset=opset, overwrite=overwrite, atol=atol, rtol=rtol)
+    check_options(output, task=task, opset=opset, precision=precision, overwrite=overwrite, atol=atol, rtol=rtol)
     examples = real_inputs(source, _data_spec(data, sets))
     manifest = run(
         source,
         output,
         task=task,
         opset=opset,
+        precision=precision,
         examples=examples,
         overwrite=overwrite,
         external_data=external_data,

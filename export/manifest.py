@@ -71,7 +71,7 @@ class Manifest:
     outputs: tuple[TensorInfo, ...]
     opset: int
     precision: str
-    """Of the graph's weights and arithmetic: fp32."""
+    """Of the graph's weights and arithmetic: fp32, or fp16 or bf16 with fp32 norms, softmax and logits."""
     task: str
     """classification, regression, or another head: token_classification, question_answering, feature_extraction,
     text_generation."""

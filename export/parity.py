@@ -11,11 +11,12 @@ import torch
 
 from export.cases import Case, all_cases
 from export.manifest import Parity
+from export.precision import TOLERANCES
 from export.source import Source
 from pst.errors import ArtifactError
 
 Array = np.ndarray[Any, Any]
-ATOL, RTOL = 1e-4, 1e-3
+ATOL, RTOL = TOLERANCES["fp32"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,9 +109,11 @@ def _cached_outputs(source: Source, session: Any, case: Case) -> Iterator[Output
         )  # fmt: skip
     logits = whole.logits.numpy()
     cache = [tensor.numpy() for layer in whole.past_key_values.layers for tensor in (layer.keys, layer.values)]
-    names = [value.name for value in session.get_inputs()]
+    inputs = session.get_inputs()
+    names, half = [value.name for value in inputs], inputs[-1].type == "tensor(float16)"
     presents = [value.name for value in session.get_outputs()][1:]
-    past = [tensor.numpy() for layer in source.cache for tensor in layer.empty(batch)]
+    empty = [tensor.numpy() for layer in source.cache for tensor in layer.empty(batch)]
+    past = [tensor.astype(np.float16) for tensor in empty] if half else empty
     real, start = mask.astype(bool), 0
     for end in _ends(length):
         feeds = (ids[:, start:end], mask[:, :end], positions[:, start:end], *past)

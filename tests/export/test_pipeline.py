@@ -338,4 +338,10 @@ def test_opset_that_cannot_be_written(tiny_bert: Path, tmp_path: Path, opset: in
 
 
 def test_negative_tolerance(tiny_bert: Path, tmp_path: Path) -> None:
-    refused(tiny_bert, tmp_path / "out", ConfigError, "each must be a finite number of at least 0", atol=float("nan"))
+    refused(
+        tiny_bert,
+        tmp_path / "out",
+        ConfigError,
+        "--atol is nan; it must be a finite number of at least 0",
+        atol=float("nan"),
+    )
