@@ -222,7 +222,7 @@ def export(
         float | None,
         typer.Option(
             help="Largest absolute difference from PyTorch, per unit of root mean square above 1 "
-            "[fp32 1e-4, fp16 3e-2, bf16 0.25]."
+            "[fp32 1e-4, fp16 0.1, bf16 1]."
         ),
     ] = None,
     rtol: Annotated[

@@ -58,7 +58,7 @@ class Parity:
     scores: regression and feature_extraction."""
     tolerance: Mapping[str, float]
     """atol and rtol: every output is within atol * size + rtol * |PyTorch|; size is the outputs' root mean square, 1 at
-    least."""
+    least. Of a half type also rms: the root mean square of the differences is within rms * size."""
     cases: tuple[Mapping[str, Any], ...]
     """Of each group of inputs: name, rows, batch_size, sequence_length, max_abs_error."""
 

@@ -51,6 +51,7 @@ def check_parity(
     examples: Any = None,
     atol: float = ATOL,
     rtol: float = RTOL,
+    rms: float | None = None,
     advance: Callable[[float], None] = lambda fraction: None,
 ) -> Parity:
     """Compare PyTorch and *session* on random inputs of nine shapes and on text; *examples* is a pst.data.Examples.
@@ -58,10 +59,12 @@ def check_parity(
     *advance* is told the fraction done after each comparison.
 
     Every output must be within atol * size + rtol * |PyTorch|, where size is the root mean square of PyTorch's output,
-    1 at least: rounding grows with what is added up, not with what is left. So a row can get another label only where
-    its two highest scores are a tie within twice that. A decoder reads each case in steps, its own cache handed on,
-    and every step is compared with PyTorch's answer to the whole, without a cache. Raises ArtifactError beyond the
-    tolerance, or where PyTorch's outputs are not finite.
+    1 at least: rounding grows with what is added up, not with what is left. With *rms*, the root mean square of the
+    differences must be within rms * size as well, which half types need (export/precision.py). So a row can get
+    another label only where its two highest scores are a tie within twice that.
+
+    A decoder reads each case in steps, its own cache handed on, and every step is compared with PyTorch's answer to the
+    whole, without a cache. Raises ArtifactError beyond the tolerance, or where PyTorch's outputs are not finite.
     """
     absolute, relative, agree, answers = 0.0, 0.0, 0, 0
     reports: dict[str, dict[str, Any]] = {}
@@ -69,7 +72,7 @@ def check_parity(
     for done, case in enumerate(cases, start=1):
         report = reports.setdefault(case.name, {"name": case.name, "rows": 0, "max_abs_error": 0.0})
         for output in _cached_outputs(source, session, case) if source.head.cached else _outputs(source, session, case):
-            same = _compare(source, case, output, atol=atol, rtol=rtol)
+            same = _compare(source, case, output, atol=atol, rtol=rtol, rms=rms)
             difference, size = np.abs(output.actual - output.expected), np.abs(output.expected)
             if output.counts is not None:
                 difference = np.where(output.counts, difference, 0.0)
@@ -85,7 +88,7 @@ def check_parity(
         advance(done / len(cases))
     return Parity(
         max_abs_error=absolute, max_rel_error=relative, label_agreement=agree / answers if answers else None,
-        tolerance={"atol": atol, "rtol": rtol}, cases=tuple(reports.values()),
+        tolerance={"atol": atol, "rtol": rtol} | ({} if rms is None else {"rms": rms}), cases=tuple(reports.values()),
     )  # fmt: skip
 
 
@@ -132,7 +135,13 @@ def _ends(length: int) -> list[int]:
     return sorted({prompt, min(prompt + 1, length), length})
 
 
-def _compare(source: Source, case: Case, output: Output, *, atol: float, rtol: float) -> Array:
+def _rms(values: Array) -> float:
+    return float(np.sqrt(np.mean(np.square(values, dtype=np.float64))))
+
+
+def _compare(
+    source: Source, case: Case, output: Output, *, atol: float, rtol: float, rms: float | None = None
+) -> Array:
     """Whether each answer is the same, (answers,). Raises ArtifactError beyond the tolerance."""
     expected, actual = output.expected, output.actual
     where = f"in {output.name} on {case.name} inputs of shape {list(case.shape)}"
@@ -143,13 +152,19 @@ def _compare(source: Source, case: Case, output: Output, *, atol: float, rtol: f
         raise ArtifactError(
             f"The model's own outputs {where} are not finite; its training diverged, so train it again."
         )
-    size = max(1.0, float(np.sqrt(np.mean(np.square(expected[counts], dtype=np.float64)))))
+    size = max(1.0, _rms(expected[counts]))
     difference, allowed = np.abs(actual - expected), atol * size + rtol * np.abs(expected)
     if not (difference <= allowed)[counts].all() or not np.isfinite(actual).all():  # also true of NaN
         raise ArtifactError(
             f"ONNX Runtime differs from PyTorch by {float(difference[counts].max()):.3g} {where}, beyond the tolerance "
             f"of {atol * size:.3g} + {rtol:g} * |PyTorch|; nothing was written. Try another --opset, "
             "or allow more with --atol and --rtol."
+        )
+    if rms is not None and _rms(difference[counts]) > rms * size:
+        raise ArtifactError(
+            f"ONNX Runtime differs from PyTorch by {_rms(difference[counts]):.3g} in the root mean square {where}, "
+            f"beyond the tolerance of {rms * size:.3g}; nothing was written. Use --precision fp32, "
+            "or allow more with --atol."
         )
     axis = source.head.agrees_along
     if source.task == "regression" or axis is None or not output.answers:

@@ -23,12 +23,15 @@ from pst.errors import ArtifactError, ConfigError, ModelError
 Array = np.ndarray[Any, Any]
 _LARGEST = {TensorProto.FLOAT16: 65504.0, TensorProto.BFLOAT16: 3.3895314e38}  # the largest finite numbers
 PRECISIONS = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
-TOLERANCES = {"fp32": (1e-4, 1e-3), "fp16": (3e-2, 2e-2), "bf16": (2.5e-1, 5e-2)}
+TOLERANCES = {"fp32": (1e-4, 1e-3), "fp16": (1e-1, 2e-2), "bf16": (1.0, 5e-2)}
 """atol and rtol of the comparison with PyTorch in float32; bf16 keeps 8 bits of a number, fp16 11.
 
-Those of the half types bound rounding alone, and what PyTorch itself makes of random models in them: the float32 graph
-is held to its own tolerance before it is rewritten.
+Among many outputs of a half type one always lies far off, where an outlier among the activations was rounded, and in
+PyTorch too. So there MEAN_SHARE counts as well, and the float32 graph is held to its own tolerance before it is
+rewritten.
 """
+MEAN_SHARE = 0.1
+"""Of atol: the root mean square of the differences that a half type may have, in the same unit."""
 IN_FLOAT32 = frozenset({"LayerNormalization", "Softmax", "Pow", "ReduceMean", "Sqrt", "Reciprocal"})
 _STATISTICS = frozenset({"Sqrt", "Reciprocal"})
 _AFTER_THE_LAST_PRODUCT = frozenset(

@@ -287,6 +287,21 @@ def test_the_tolerance_grows_with_the_outputs(tiny_bert: Path) -> None:
                 parity._compare(source, case, output, atol=1e-4, rtol=0)
 
 
+def test_the_mean_difference_counts_where_asked(tiny_bert: Path) -> None:
+    source, case = load_source(tiny_bert), Case(name="text", feeds={"input_ids": np.ones((1, 100), np.int64)})
+    expected = np.zeros((1, 100), np.float32)
+    single, everywhere = expected.copy(), expected + np.float32(0.05)
+    single[0, 3] = 0.09
+    for actual, fits in ((single, True), (everywhere, False)):
+        output = parity.Output(name="logits", expected=expected, actual=actual)
+        parity._compare(source, case, output, atol=0.1, rtol=0)
+        if fits:
+            parity._compare(source, case, output, atol=0.1, rtol=0, rms=0.01)
+        else:
+            with pytest.raises(ArtifactError, match=r"by 0\.05 in the root mean square .* tolerance of 0\.01"):
+                parity._compare(source, case, output, atol=0.1, rtol=0, rms=0.01)
+
+
 def test_what_lies_at_padding_does_not_count(tiny_bert: Path) -> None:
     source, case = load_source(tiny_bert), Case(name="text", feeds={"input_ids": np.ones((1, 2), np.int64)})
     expected = np.array([[[1.0, 2.0], [9.0, 1.0]]], np.float32)
