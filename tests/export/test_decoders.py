@@ -128,6 +128,19 @@ def test_patterns_lie_along_the_axis_that_is_summed_over(exported: Exported, kin
         assert 0 < weight.density < 1
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_tensorrt_rtx_reads_it(exported: Exported, kind: str) -> None:
+    trt: Any = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install tensorrt-rtx")
+    log = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(log)  # which has to live for as long as what it made
+    network = builder.create_network(0)
+    parser = trt.OnnxParser(network, log)
+    _, artifact = exported(kind, "2:4")
+    assert parser.parse_from_file(str(artifact / "model.onnx")), [
+        parser.get_error(index).desc() for index in range(parser.num_errors)
+    ]
+
+
 def test_other_opsets(tmp_path: Path) -> None:
     folder = make_decoder(tmp_path / "model", "llama")
     assert export(folder, tmp_path / "18", opset=18).opset == 18

@@ -19,8 +19,9 @@ from export.manifest import Manifest
 from export.pipeline import export
 from export.precision import IN_FLOAT32, to_precision
 from export.widen import widen
-from pst.errors import ArtifactError, ConfigError, ModelError
+from pst.errors import ArtifactError, ConfigError, EngineError, ModelError
 from pst.patterns import parse_pattern
+from serve.engines import open_engine
 from serve.generate import Generator
 
 from ..decoders import make_decoder, prune
@@ -131,6 +132,12 @@ def test_generation_in_fp16(kind: str, exported: Callable[[Cell], tuple[Path, Pa
         answers = generator.generate(prompts.tolist(), max_new_tokens=3)
     first = np.array([answer[0] for answer in answers])
     np.testing.assert_array_equal(first[clear], scores.argmax(-1).numpy()[clear])
+
+
+def test_bf16_on_a_processor_is_refused_in_words(exported: Callable[[Cell], tuple[Path, Path]]) -> None:
+    _, artifact = exported(("bert", "classification", "2:4", "bf16"))
+    with pytest.raises(EngineError, match=r"cannot compute .*model\.onnx on this device: .* --precision fp32"):
+        open_engine(artifact, engine="onnxruntime-cpu", threads=1)
 
 
 def test_a_defect_is_not_taken_for_rounding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
