@@ -205,11 +205,30 @@ def export(
     source: Annotated[Path, typer.Argument(help="Run or model folder.")],
     output: Output,
     format: Annotated[str, typer.Option(help="Format of the artifact: onnx.")] = "onnx",  # noqa: A002
+    task: Annotated[
+        str,
+        typer.Option(
+            help="What the graph answers: classification, token_classification, question_answering, "
+            "feature_extraction, text_generation, or auto for the model's own head."
+        ),
+    ] = "auto",
     opset: Annotated[int, typer.Option(help="ONNX operator set; 17 is the newest that TensorRT 8.6 reads.")] = 17,
+    precision: Annotated[
+        str, typer.Option(help="fp32, or fp16 or bf16 with norms, softmax and logits in fp32.")
+    ] = "fp32",
     data: DataOption = None,
     sets: DataSets = None,
-    atol: Annotated[float, typer.Option(help="Largest absolute difference from PyTorch.")] = 1e-4,
-    rtol: Annotated[float, typer.Option(help="Largest difference relative to PyTorch, added to --atol.")] = 1e-3,
+    atol: Annotated[
+        float | None,
+        typer.Option(
+            help="Largest absolute difference from PyTorch, per unit of root mean square above 1 "
+            "[fp32 1e-4, fp16 0.1, bf16 1]."
+        ),
+    ] = None,
+    rtol: Annotated[
+        float | None,
+        typer.Option(help="Largest difference relative to PyTorch, added to --atol [fp32 1e-3, fp16 2e-2, bf16 5e-2]."),
+    ] = None,
     external_data: Annotated[
         bool, typer.Option("--external-data", help="Keep the weights in a file beside model.onnx.")
     ] = False,
@@ -218,7 +237,8 @@ def export(
     """Write the ONNX graph of a model, zeros in place, once its pattern and its outputs are proven.
 
     Outputs are compared with PyTorch on random inputs and on real ones: --data, or the validation rows that the model
-    was trained with. Nothing is written when the pattern does not hold or the outputs differ.
+    was trained with. Nothing is written when the pattern does not hold or the outputs differ. A causal language model
+    becomes one graph for the prompt and each next token, with its key/value cache.
     """
     from export.pipeline import check_options
     from export.pipeline import export as run
@@ -226,12 +246,14 @@ def export(
 
     if format != "onnx":
         raise ConfigError(f"Unknown format {format!r}; use --format onnx.")
-    check_options(output, opset=opset, overwrite=overwrite, atol=atol, rtol=rtol)
+    check_options(output, task=task, opset=opset, precision=precision, overwrite=overwrite, atol=atol, rtol=rtol)
     examples = real_inputs(source, _data_spec(data, sets))
     manifest = run(
         source,
         output,
+        task=task,
         opset=opset,
+        precision=precision,
         examples=examples,
         overwrite=overwrite,
         external_data=external_data,

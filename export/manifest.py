@@ -27,7 +27,7 @@ class TensorInfo:
     dtype: str
     """numpy's name: int64, float32."""
     shape: tuple[str | int, ...]
-    """A name for each dynamic dimension (batch_size, sequence_length), a number for each fixed one."""
+    """A name or a sum of names for each dynamic dimension (batch_size, sequence_length), a number for a fixed one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +54,11 @@ class Parity:
     max_rel_error: float
     """|difference| / |PyTorch|, over the outputs larger than the absolute tolerance."""
     label_agreement: float | None
-    """Fraction of rows with the same highest score; None for regression."""
+    """Fraction of answers (rows; tokens where each has one) with the same highest score; None for outputs that are no
+    scores: regression and feature_extraction."""
     tolerance: Mapping[str, float]
-    """atol and rtol: every output is within atol + rtol * |PyTorch|."""
+    """atol and rtol: every output is within atol * size + rtol * |PyTorch|; size is the outputs' root mean square, 1 at
+    least. Of a half type also rms: the root mean square of the differences is within rms * size."""
     cases: tuple[Mapping[str, Any], ...]
     """Of each group of inputs: name, rows, batch_size, sequence_length, max_abs_error."""
 
@@ -69,13 +71,14 @@ class Manifest:
     outputs: tuple[TensorInfo, ...]
     opset: int
     precision: str
-    """Of the graph's weights and arithmetic: fp32."""
+    """Of the graph's weights and arithmetic: fp32, or fp16 or bf16 with fp32 norms, softmax and logits."""
     task: str
-    """classification or regression."""
+    """classification, regression, or another head: token_classification, question_answering, feature_extraction,
+    text_generation."""
     labels: tuple[str, ...]
-    """Names by label id; empty for regression."""
+    """Names by label id, of classification and token_classification; empty for others."""
     max_length: int
-    """Tokens a row is cut to."""
+    """Tokens a row is cut to; of text_generation, the most that prompt and answer have together."""
     pad_token_id: int
     pattern: str
     sparsity: Mapping[str, float]

@@ -1,6 +1,6 @@
 """Proof that ONNX Runtime computes from an exported graph what PyTorch computes from the model."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,33 +9,29 @@ import numpy as np
 import onnxruntime
 import torch
 
+from export.cases import Case, all_cases
 from export.manifest import Parity
+from export.precision import TOLERANCES
 from export.source import Source
 from pst.errors import ArtifactError
 
 Array = np.ndarray[Any, Any]
-ATOL, RTOL = 1e-4, 1e-3
-BATCHES = (1, 2, 5)
-LENGTHS = (1, 7)  # and the model's max_length
-SENTENCES = (
-    "A film that is moving, honest and superbly acted.",
-    "The plot is dull, and the ending is worse.",
-    "It was not as bad as I had feared.",
-    "Two hours that I will never get back!",
-    "An odd little story about love, war and a very old bicycle, told with charm and without haste.",
-    "Fine.",
-)
-"""Text for models that come without examples of their own."""
-_ROWS = 128  # real inputs compared, spread evenly over the examples
-_BATCH = 16
+ATOL, RTOL = TOLERANCES["fp32"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
-    """Inputs to compare on: each array int64, (batch_size, sequence_length)."""
+class Output:
+    """One output of one run, from both sides."""
 
     name: str
-    feeds: dict[str, Array]
+    expected: Array
+    """PyTorch's."""
+    actual: Array
+    """ONNX Runtime's."""
+    counts: Array | None = None
+    """Which entries mean something, broadcastable against them; None for all of them."""
+    answers: bool = True
+    """Whether the highest entry along the head's axis is the model's answer."""
 
 
 def open_session(model: Path) -> Any:
@@ -55,100 +51,123 @@ def check_parity(
     examples: Any = None,
     atol: float = ATOL,
     rtol: float = RTOL,
+    rms: float | None = None,
     advance: Callable[[float], None] = lambda fraction: None,
 ) -> Parity:
     """Compare PyTorch and *session* on random inputs of nine shapes and on text; *examples* is a pst.data.Examples.
 
     *advance* is told the fraction done after each comparison.
 
-    Every output must be within atol + rtol * |PyTorch|; so a row can get another label only where its two highest
-    scores are a tie within twice that. Raises ArtifactError beyond it, or where PyTorch's outputs are not finite.
+    Every output must be within atol * size + rtol * |PyTorch|, where size is the root mean square of PyTorch's output,
+    1 at least: rounding grows with what is added up, not with what is left. With *rms*, the root mean square of the
+    differences must be within rms * size as well, which half types need (export/precision.py). So a row can get
+    another label only where its two highest scores are a tie within twice that.
+
+    A decoder reads each case in steps, its own cache handed on, and every step is compared with PyTorch's answer to the
+    whole, without a cache. Raises ArtifactError beyond the tolerance, or where PyTorch's outputs are not finite.
     """
-    absolute, relative, agree, rows = 0.0, 0.0, 0, 0
+    absolute, relative, agree, answers = 0.0, 0.0, 0, 0
     reports: dict[str, dict[str, Any]] = {}
-    cases = [*_random_cases(source), *_text_cases(source, examples)]
+    cases = all_cases(source, examples)
     for done, case in enumerate(cases, start=1):
-        expected, actual = _torch(source, case), session.run(None, case.feeds)[0]
-        same = _compare(source, case, expected, actual, atol=atol, rtol=rtol)
-        difference, size = np.abs(actual - expected), np.abs(expected)
-        worst = float(difference.max())
-        absolute, agree, rows = max(absolute, worst), agree + int(same.sum()), rows + len(same)
-        large = size > atol
-        relative = max(relative, float((difference[large] / size[large]).max(initial=0.0)))
-        batch, length = case.feeds["input_ids"].shape
         report = reports.setdefault(case.name, {"name": case.name, "rows": 0, "max_abs_error": 0.0})
+        for output in _cached_outputs(source, session, case) if source.head.cached else _outputs(source, session, case):
+            same = _compare(source, case, output, atol=atol, rtol=rtol, rms=rms)
+            difference, size = np.abs(output.actual - output.expected), np.abs(output.expected)
+            if output.counts is not None:
+                difference = np.where(output.counts, difference, 0.0)
+            worst = float(difference.max())
+            absolute, agree, answers = max(absolute, worst), agree + int(same.sum()), answers + same.size
+            large = size > atol
+            relative = max(relative, float((difference[large] / size[large]).max(initial=0.0)))
+            report["max_abs_error"] = max(report["max_abs_error"], worst)
+        batch, length = case.shape
         report["rows"] += batch
-        report["max_abs_error"] = max(report["max_abs_error"], worst)
         report["batch_size"] = max(report.get("batch_size", 0), batch)
         report["sequence_length"] = max(report.get("sequence_length", 0), length)
         advance(done / len(cases))
     return Parity(
-        max_abs_error=absolute, max_rel_error=relative,
-        label_agreement=None if source.task == "regression" else agree / rows,
-        tolerance={"atol": atol, "rtol": rtol}, cases=tuple(reports.values()),
+        max_abs_error=absolute, max_rel_error=relative, label_agreement=agree / answers if answers else None,
+        tolerance={"atol": atol, "rtol": rtol} | ({} if rms is None else {"rms": rms}), cases=tuple(reports.values()),
     )  # fmt: skip
 
 
-def _torch(source: Source, case: Case) -> Array:
+def _outputs(source: Source, session: Any, case: Case) -> Iterator[Output]:
     with torch.inference_mode():
-        output = source.model(**{name: torch.from_numpy(array) for name, array in case.feeds.items()})
-    logits: Array = output.logits.numpy()
-    return logits
+        expected = source.model(**{name: torch.from_numpy(array) for name, array in case.feeds.items()})
+    actual = session.run(None, case.feeds)
+    for name, array in zip(source.head.outputs, actual, strict=True):
+        yield Output(name=name, expected=expected[name].numpy(), actual=array)
 
 
-def _compare(source: Source, case: Case, expected: Array, actual: Array, *, atol: float, rtol: float) -> Array:
-    """Whether each row's label is the same, (batch_size,). Raises ArtifactError beyond the tolerance."""
-    where = f"on {case.name} inputs of shape {list(case.feeds['input_ids'].shape)}"
-    if not np.isfinite(expected).all():
+def _cached_outputs(source: Source, session: Any, case: Case) -> Iterator[Output]:
+    """The graph reads *case* as a prompt, one token and the rest; PyTorch all at once, without a past."""
+    ids, mask = case.feeds["input_ids"], case.feeds["attention_mask"]
+    batch, length = ids.shape
+    positions = np.maximum(mask.cumsum(axis=1) - 1, 0)
+    with torch.inference_mode():
+        whole = source.model(
+            input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask),
+            position_ids=torch.from_numpy(positions), use_cache=True,
+        )  # fmt: skip
+    logits = whole.logits.numpy()
+    cache = [tensor.numpy() for layer in whole.past_key_values.layers for tensor in (layer.keys, layer.values)]
+    inputs = session.get_inputs()
+    names, half = [value.name for value in inputs], inputs[-1].type == "tensor(float16)"
+    presents = [value.name for value in session.get_outputs()][1:]
+    empty = [tensor.numpy() for layer in source.cache for tensor in layer.empty(batch)]
+    past = [tensor.astype(np.float16) for tensor in empty] if half else empty
+    real, start = mask.astype(bool), 0
+    for end in _ends(length):
+        feeds = (ids[:, start:end], mask[:, :end], positions[:, start:end], *past)
+        actual, *past = session.run(None, dict(zip(names, feeds, strict=True)))
+        counts = real[:, start:end, None]
+        yield Output(name="logits", expected=logits[:, start:end], actual=actual, counts=counts)
+        for name, expected, present in zip(presents, cache, past, strict=True):
+            counts = real[:, None, :end, None]
+            yield Output(name=name, expected=expected[:, :, :end], actual=present, counts=counts, answers=False)
+        start = end
+
+
+def _ends(length: int) -> list[int]:
+    """Where the steps end in which a decoder reads *length* tokens: the prompt, one token, and up to three at once."""
+    prompt = max(1, length - 4)
+    return sorted({prompt, min(prompt + 1, length), length})
+
+
+def _rms(values: Array) -> float:
+    return float(np.sqrt(np.mean(np.square(values, dtype=np.float64))))
+
+
+def _compare(
+    source: Source, case: Case, output: Output, *, atol: float, rtol: float, rms: float | None = None
+) -> Array:
+    """Whether each answer is the same, (answers,). Raises ArtifactError beyond the tolerance."""
+    expected, actual = output.expected, output.actual
+    where = f"in {output.name} on {case.name} inputs of shape {list(case.shape)}"
+    if actual.shape != expected.shape:
+        raise ArtifactError(f"The ONNX graph gives shape {actual.shape} {where}, PyTorch {expected.shape}.")
+    counts = np.broadcast_to(True if output.counts is None else output.counts, expected.shape)
+    if not np.isfinite(expected[counts]).all():
         raise ArtifactError(
             f"The model's own outputs {where} are not finite; its training diverged, so train it again."
         )
-    if actual.shape != expected.shape:
-        raise ArtifactError(f"The ONNX graph gives shape {actual.shape} {where}, PyTorch {expected.shape}.")
-    difference, allowed = np.abs(actual - expected), atol + rtol * np.abs(expected)
-    if not (difference <= allowed).all():  # also true of NaN
+    size = max(1.0, _rms(expected[counts]))
+    difference, allowed = np.abs(actual - expected), atol * size + rtol * np.abs(expected)
+    if not (difference <= allowed)[counts].all() or not np.isfinite(actual).all():  # also true of NaN
         raise ArtifactError(
-            f"ONNX Runtime differs from PyTorch by {float(difference.max()):.3g} {where}, beyond the tolerance of "
-            f"{atol:g} + {rtol:g} * |PyTorch|; nothing was written. Try another --opset, "
+            f"ONNX Runtime differs from PyTorch by {float(difference[counts].max()):.3g} {where}, beyond the tolerance "
+            f"of {atol * size:.3g} + {rtol:g} * |PyTorch|; nothing was written. Try another --opset, "
             "or allow more with --atol and --rtol."
         )
-    if source.task == "regression":
-        return np.ones(len(expected), dtype=bool)
-    same: Array = actual.argmax(-1) == expected.argmax(-1)
-    return same
-
-
-def _random_cases(source: Source) -> Iterator[Case]:
-    """Random tokens in every shape; all rows but the first padded on the right to a random length."""
-    random = np.random.default_rng(0)
-    vocabulary = int(source.model.config.vocab_size)
-    for batch in BATCHES:
-        for length in (*(length for length in LENGTHS if length < source.max_length), source.max_length):
-            lengths = random.integers(1, length + 1, size=batch)
-            lengths[0] = length
-            mask = (np.arange(length) < lengths[:, None]).astype(np.int64)
-            ids = np.where(mask == 1, random.integers(0, vocabulary, (batch, length)), source.pad_token_id)
-            feeds = {"input_ids": ids.astype(np.int64), "attention_mask": mask}
-            if "token_type_ids" in source.input_names:
-                segments = random.integers(0, source.model.config.type_vocab_size, (batch, length))
-                feeds["token_type_ids"] = (segments * mask).astype(np.int64)
-            yield Case(name=f"random {batch}x{length}", feeds=feeds)
-
-
-def _text_cases(source: Source, examples: Any) -> Iterator[Case]:
-    name = "built-in text" if examples is None else "real"
-    first: Sequence[str] = SENTENCES
-    second: Sequence[str] | None = None
-    if examples is not None:
-        chosen = np.unique(np.linspace(0, len(examples) - 1, min(_ROWS, len(examples))).astype(np.int64))
-        first = [examples.first[index] for index in chosen]
-        second = [examples.second[index] for index in chosen] if examples.second is not None else None
-    for start in range(0, len(first), _BATCH):
-        part = slice(start, start + _BATCH)
-        encoded = source.tokenizer(
-            list(first[part]), list(second[part]) if second is not None else None,
-            truncation=True, padding=True, max_length=source.max_length, return_tensors="np",
-        )  # fmt: skip
-        shape = encoded["input_ids"].shape
-        feeds = {name: np.asarray(encoded.get(name, np.zeros(shape)), dtype=np.int64) for name in source.input_names}
-        yield Case(name=name, feeds=feeds)
+    if rms is not None and _rms(difference[counts]) > rms * size:
+        raise ArtifactError(
+            f"ONNX Runtime differs from PyTorch by {_rms(difference[counts]):.3g} in the root mean square {where}, "
+            f"beyond the tolerance of {rms * size:.3g}; nothing was written. Use --precision fp32, "
+            "or allow more with --atol."
+        )
+    axis = source.head.agrees_along
+    if source.task == "regression" or axis is None or not output.answers:
+        return np.ones(0, dtype=bool)
+    same: Array = actual.argmax(axis) == expected.argmax(axis)
+    return same[counts[..., 0]] if output.counts is not None else same.reshape(-1)

@@ -5,19 +5,24 @@ import math
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import onnx
 
+from export.cache import PAST, cache_names
+from export.heads import check_task
 from export.manifest import MODEL_NAME, Manifest, TensorInfo
-from export.parity import ATOL, RTOL, check_parity, open_session
+from export.parity import check_parity, open_session
 from export.passes import run_passes
+from export.precision import TOLERANCES, check_precision, to_precision
 from export.source import SPARSITY_FILE, Source, load_source
 from export.tensors import weight_files
 from export.trace import check_opset, trace
 from export.verify import measured_sparsity, verify_claims, verify_graph, weights_as_found
+from export.widen import widen
 from pst import __version__
 from pst.errors import ConfigError
 from pst.files import atomic_folder, refuse_existing, sha256
@@ -26,6 +31,7 @@ from pst.progress import note, progress
 _PROTOBUF_LIMIT = 2_000_000_000  # bytes; a protobuf file ends at 2 GiB, some of which is the graph
 _LOAD, _TRACE, _WRITE, _COMPARE = 15, 50, 5, 30  # per cent of the time that each stage usually takes
 _STEPS = _LOAD + _TRACE + _WRITE + _COMPARE
+_COPIED = ("config.json", "generation_config.json")
 _PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "tokenizers", "numpy")
 
 
@@ -33,34 +39,44 @@ def export(
     source: Path,
     output: Path,
     *,
+    task: str = "auto",
     opset: int = 17,
+    precision: str = "fp32",
     examples: Any = None,
     overwrite: bool = False,
     external_data: bool = False,
-    atol: float = ATOL,
-    rtol: float = RTOL,
+    atol: float | None = None,
+    rtol: float | None = None,
 ) -> Manifest:
     """Write the ONNX artifact of a run or model folder to *output*, and return its manifest.
 
+    *task* is the name of a head (export/heads), or "auto" for the one that the model's class has. *precision* is fp32,
+    fp16 or bf16, by the rule in export/precision.py.
     *examples* (a pst.data.Examples) are the real inputs on which ONNX Runtime is compared with PyTorch; without them a
     few built-in sentences are used. *external_data* keeps the weights in a file beside model.onnx, as is always done
-    above 2 GB. *atol* and *rtol* bound the difference of every output: atol + rtol * |PyTorch|.
+    above 2 GB. *atol* and *rtol* bound the difference of every output, as export.parity says; None stands for the
+    precision's own.
     Nothing is written unless the pattern holds and the outputs agree.
     Raises ConfigError, ModelError, ArtifactError, RunError and StorageError.
     """
-    check_options(output, opset=opset, overwrite=overwrite, atol=atol, rtol=rtol)
+    check_options(output, task=task, opset=opset, precision=precision, overwrite=overwrite, atol=atol, rtol=rtol)
     with progress("Exporting", total=_STEPS) as advance:
         return _export(
-            source, output, advance, opset=opset, examples=examples, overwrite=overwrite, external_data=external_data,
-            atol=atol, rtol=rtol,
+            source, output, advance, task=task, opset=opset, precision=precision, examples=examples,
+            overwrite=overwrite, external_data=external_data, atol=atol, rtol=rtol,
         )  # fmt: skip
 
 
-def check_options(output: Path, *, opset: int, overwrite: bool, atol: float, rtol: float) -> None:
+def check_options(
+    output: Path, *, task: str, opset: int, precision: str, overwrite: bool, atol: float | None, rtol: float | None
+) -> None:
     """Raise what export raises for options that no model could be exported with, before any work is done."""
+    check_task(task)
     check_opset(opset)
-    if not (0 <= atol < math.inf and 0 <= rtol < math.inf):
-        raise ConfigError(f"--atol is {atol:g} and --rtol {rtol:g}; each must be a finite number of at least 0.")
+    check_precision(precision)
+    for name, tolerance in (("atol", atol), ("rtol", rtol)):
+        if tolerance is not None and not 0 <= tolerance < math.inf:
+            raise ConfigError(f"--{name} is {tolerance:g}; it must be a finite number of at least 0.")
     refuse_existing(output, overwrite=overwrite)
 
 
@@ -69,14 +85,16 @@ def _export(
     output: Path,
     advance: Callable[..., None],
     *,
+    task: str,
     opset: int,
+    precision: str,
     examples: Any,
     overwrite: bool,
     external_data: bool,
-    atol: float,
-    rtol: float,
+    atol: float | None,
+    rtol: float | None,
 ) -> Manifest:
-    loaded = load_source(source)
+    loaded = load_source(source, task=task)
     advance(_LOAD)
     report = loaded.sparsity or {}
     pattern, claims = str(report.get("pattern", "dense")), report.get("weights", [])
@@ -87,24 +105,37 @@ def _export(
         model = trace(loaded, opset=opset)
         advance(_TRACE)
         run_passes(model, weights)
+        if precision != "fp32":
+            exact = _tolerance("fp32", atol, rtol)
+            proven = check_parity(loaded, _session(model), examples=examples, atol=exact[0], rtol=exact[1])
+            note(f"In fp32, outputs agree with PyTorch within {proven.max_abs_error:.1e}.")
+        weights = to_precision(
+            model, weights, precision=precision, outputs=loaded.head.outputs,
+            halved=cache_names(PAST, len(loaded.cache)),
+        )  # fmt: skip
         infos = verify_graph(model, weights, claims, pattern=pattern) or weights_as_found(model, weights)
         measured = measured_sparsity(infos)
         requested = float(report.get("sparsity", {}).get("requested", 0.0))
         claim = "was taken as found" if pattern == "dense" else f"holds {pattern} along its reduction axis"
         note(f"Each of {len(infos)} weights {claim}; {measured:.1%} of them are zeros.")
+        if precision == "bf16":
+            note("ONNX Runtime has no bf16 arithmetic on the CPU: each operator is computed in fp32, then rounded.")
+        session = _session(widen(model)) if precision == "bf16" else None
         save_onnx(model, folder / MODEL_NAME, external_data=external_data)
         advance(_WRITE)
+        session = session or open_session(folder / MODEL_NAME)
         compared = _Counter(advance, _COMPARE)
-        parity = check_parity(
-            loaded, open_session(folder / MODEL_NAME), examples=examples, atol=atol, rtol=rtol, advance=compared
-        )
+        allowed = _tolerance(precision, atol, rtol)
+        parity = check_parity(loaded, session, examples=examples, atol=allowed[0], rtol=allowed[1], advance=compared)
         note(f"Outputs agree with PyTorch within {parity.max_abs_error:.1e}.")
-        shutil.copyfile(loaded.folder / "config.json", folder / "config.json")
+        for name in _COPIED:
+            if (loaded.folder / name).is_file():
+                shutil.copyfile(loaded.folder / name, folder / name)
         _save_tokenizer(loaded.tokenizer, folder)
         manifest = Manifest(
             inputs=tuple(_tensor(value) for value in model.graph.input),
             outputs=tuple(_tensor(value) for value in model.graph.output),
-            opset=opset, precision="fp32", task=loaded.task, labels=loaded.labels, max_length=loaded.max_length,
+            opset=opset, precision=precision, task=loaded.task, labels=loaded.labels, max_length=loaded.max_length,
             pad_token_id=loaded.pad_token_id, pattern=pattern,
             sparsity={"requested": requested, "measured": measured}, weights=infos, parity=parity,
             files={path.name: sha256(path) for path in sorted(folder.iterdir())},
@@ -112,6 +143,21 @@ def _export(
         )  # fmt: skip
         manifest.save(folder)
     return manifest
+
+
+def _tolerance(precision: str, atol: float | None, rtol: float | None) -> tuple[float, float]:
+    """atol and rtol as given, or else those of the precision."""
+    usual = TOLERANCES[precision]
+    return usual[0] if atol is None else atol, usual[1] if rtol is None else rtol
+
+
+def _session(model: Any) -> Any:
+    """A session of a model that is not kept. Leaves *model* as it is."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    with tempfile.TemporaryDirectory() as folder:
+        save_onnx(copy, Path(folder) / MODEL_NAME)
+        return open_session(Path(folder) / MODEL_NAME)
 
 
 def _save_tokenizer(tokenizer: Any, folder: Path) -> None:

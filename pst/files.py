@@ -175,15 +175,15 @@ def refuse_existing(target: Path, *, overwrite: bool) -> None:
 
 
 def refuse_language_model(folder: Path) -> None:
-    """Raise ModelError where *folder* holds a causal language model, which no command but train and inspect takes."""
+    """Raise ModelError where *folder* holds a causal language model, which no command takes that wants labels."""
     try:
         named = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or []
     except (OSError, ValueError, AttributeError):
         return  # whoever reads it for real says what is wrong
     if any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in named):
         raise ModelError(
-            f"{folder} is a causal language model ({named[0]}); export, eval, bench and serve take classifiers so far. "
-            "Generate with it in transformers: AutoModelForCausalLM.from_pretrained."
+            f"{folder} is a causal language model ({named[0]}); eval, bench and serve take classifiers so far. "
+            "Generate with it in transformers (AutoModelForCausalLM.from_pretrained), or export it with pst export."
         )
 
 

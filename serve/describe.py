@@ -142,6 +142,11 @@ def _describe_artifact(folder: Path, *, verify: bool) -> ModelFolder:
     task, max_length, pattern, sparsity = _task(config, labels), _max_length(folder, {}), None, None
     if (folder / "export.json").is_file():
         made = manifest.load(folder, verify=verify)
+        if made.task not in ("classification", "regression"):
+            raise ModelError(
+                f"{folder} was exported for {made.task}; eval, bench and serve take classifiers and regressors so far. "
+                "Open its model.onnx in ONNX Runtime or Optimum, or export a model for sequence classification."
+            )
         labels, max_length = tuple(made.labels), made.max_length
         task = "regression" if made.task == "regression" else "classification"
         pattern, sparsity = made.pattern, made.sparsity.get("measured")

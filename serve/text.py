@@ -122,6 +122,11 @@ class TextEncoder:
         """tokenize and collate in one: the inputs called *names* for all texts, padded to the longest."""
         return self.collate(self.tokenize(first, second), names=names)
 
+    def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """The text of each row of token ids, special tokens left out."""
+        texts: list[str] = self._tokenizer.decode_batch([list(row) for row in rows], skip_special_tokens=True)
+        return texts
+
 
 def select_inputs(known: dict[str, Array], names: Iterable[str]) -> dict[str, Array]:
     """The arrays called *names*; raises ModelError for an input that text cannot give."""

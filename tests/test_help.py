@@ -20,7 +20,8 @@ FLAGS = {
     "--config --set --list-options --resume --overwrite",
     "compare": "--model --data --output -o --methods --patterns --sparsities --seeds --from-dense --teacher-from-dense "
     "--jobs --set --overwrite",
-    "export": "source --output -o --format --opset --data --set --atol --rtol --external-data --overwrite",
+    "export": "source --output -o --format --task --opset --precision --data --set --atol --rtol --external-data "
+    "--overwrite",
     "eval": "path --data --set --engine --batch-size --threads --predictions --json",
     "bench": "artifacts --output -o --shapes --runs --warmup --budget --threads --engine --data --set --overwrite",
     "inspect": "path --json",

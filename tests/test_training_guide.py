@@ -50,7 +50,19 @@ def test_a_command_runs_as_it_stands(index: int, desk: Path) -> None:
     done = subprocess.run(command, cwd=desk, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     output = desk / words[words.index("--output") + 1]
-    assert (output / "report.md").is_file() if "compare" in words else (output / "model" / "sparsity.json").is_file()
+    written = {"compare": "report.md", "export": "model.onnx"}.get(words[0], "model/sparsity.json")
+    assert (output / written).is_file()
+
+
+def test_its_generation_runs_as_it_stands(desk: Path) -> None:
+    """On what the commands above wrote."""
+    (block,) = [code for code in re.findall(r"```python\n(.*?)```", GUIDE, flags=re.DOTALL) if "Generator" in code]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", block], cwd=desk, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("['")
 
 
 def test_every_method_is_explained() -> None:

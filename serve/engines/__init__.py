@@ -21,6 +21,7 @@ import numpy as np
 from pst.errors import ArtifactError, EngineError
 
 Array = np.ndarray
+MAY_BE_EMPTY = "past_sequence_length"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +106,10 @@ def open_engine(path: Path, *, engine: str = "auto", threads: int = 0) -> Engine
 
 
 def check_feeds(inputs: Mapping[str, TensorSpec], feeds: Mapping[str, Array], *, max_length: int | None) -> None:
-    """Raise EngineError unless *feeds* has *inputs*' names, types and ranks, agreeing symbols, and no zero length."""
+    """Raise EngineError unless *feeds* has *inputs*' names, types and ranks, agreeing symbols, and no zero length.
+
+    A dimension called MAY_BE_EMPTY, that of a decoder's cache, may be 0.
+    """
     if set(feeds) != set(inputs):
         raise EngineError(
             f"The model takes the inputs {', '.join(inputs)}, but was given {', '.join(feeds) or 'none'}."
@@ -118,7 +122,7 @@ def check_feeds(inputs: Mapping[str, TensorSpec], feeds: Mapping[str, Array], *,
             raise EngineError(f"Input {name} must be an array of {spec.dtype}, but is {given}; convert it first.")
         if value.ndim != len(spec.shape):
             raise EngineError(f"Input {name} must have {len(spec.shape)} dimensions, but has the shape {value.shape}.")
-        if 0 in value.shape:
+        if any(not length and name != MAY_BE_EMPTY for length, name in zip(value.shape, spec.shape, strict=True)):
             raise EngineError(
                 f"Input {name} is empty: its shape is {value.shape}; give at least one row and one token."
             )
@@ -131,7 +135,7 @@ def check_feeds(inputs: Mapping[str, TensorSpec], feeds: Mapping[str, Array], *,
                 raise EngineError(
                     f"Inputs {first} and {name} must agree in {expected}, but have {first_length} and {length}."
                 )
-        if max_length is not None and value.ndim > 1 and value.shape[1] > max_length:
+        if max_length is not None and value.ndim == 2 and value.shape[1] > max_length:
             raise EngineError(
                 f"Input {name} has {value.shape[1]} tokens, but the model has positions for {max_length}; truncate it."
             )

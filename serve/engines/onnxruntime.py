@@ -150,6 +150,11 @@ def _open_session(runtime: Any, file: Path, options: Any, providers: list[str]) 
             ) from error
         if kind in ("InvalidProtobuf", "InvalidGraph", "NoSuchFile", "NoModel") or "No graph was found" in str(error):
             raise ArtifactError(f"{file} is not a whole ONNX model ({reason}); export it again.") from error
+        if kind == "NotImplemented":
+            raise EngineError(
+                f"ONNX Runtime {runtime.__version__} cannot compute {file} on this device: {reason}. "
+                "Export it with --precision fp32."
+            ) from error
         raise EngineError(
             f"ONNX Runtime {runtime.__version__} refuses {file}: {reason}. Export it again, or install a newer version."
         ) from error

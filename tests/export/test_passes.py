@@ -7,7 +7,7 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
-from export.passes import PASSES, equal_split, lower_ir_version, name_weights, run_passes, share_equal, strip_metadata
+from export.passes import PASSES, lower_ir_version, name_weights, run_passes, share_equal, strip_metadata
 
 from .conftest import graph, matmul_model
 
@@ -119,15 +119,6 @@ def test_share_equal() -> None:
     assert not share_equal.run(model, {})
 
 
-def test_equal_split() -> None:
-    nodes = [helper.make_node("Split", ["x"], ["y", "z"], axis=1, num_outputs=2)]
-    newer, older = graph(nodes, {}, opset=18), graph(nodes, {}, opset=17)
-    assert not equal_split.run(newer, {})
-    assert equal_split.run(older, {})
-    x = np.arange(8, dtype=np.float32).reshape(1, 8)
-    np.testing.assert_array_equal(run(older, x), run(newer, x))
-
-
 def test_lower_ir_version() -> None:
     model = matmul_model(W)
     model.ir_version = 10
@@ -146,5 +137,5 @@ def test_all_passes_leave_a_valid_graph() -> None:
     model.graph.output[0].CopyFrom(helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 4]))
     model.doc_string = "x"
     assert run_passes(model, {"weight": W.T.copy()}) == ["strip_metadata", "name_weights"]
-    assert len(PASSES) == 5
+    assert len(PASSES) == 4
     onnx.checker.check_model(model, full_check=True)

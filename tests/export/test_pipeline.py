@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from export import parity, passes, pipeline
+from export.cases import Case
 from export.manifest import Manifest, Parity
 from export.pipeline import export
 from export.source import load_source
@@ -260,16 +261,59 @@ def test_outputs_beyond_the_tolerance(
 
 def test_labels_may_differ_only_in_ties(tiny_bert: Path) -> None:
     source = load_source(tiny_bert)
-    case = parity.Case(name="text", feeds={"input_ids": np.ones((2, 3), np.int64)})
+    case = Case(name="text", feeds={"input_ids": np.ones((2, 3), np.int64)})
     expected = np.array([[1.0, 1.00001], [0.0, 1.0]], np.float32)
     actual = np.array([[1.00001, 1.0], [0.0, 1.0]], np.float32)
-    same = parity._compare(source, case, expected, actual, atol=1e-4, rtol=1e-3)
-    assert same.tolist() == [False, True]
-    with pytest.raises(ArtifactError, match="differs from PyTorch by 1 on text inputs"):
-        parity._compare(source, case, expected, expected[:, ::-1].copy(), atol=0.1, rtol=0.0)
-    assert parity._compare(replace(source, task="regression"), case, expected, actual, atol=1e-4, rtol=0).all()
+    output = parity.Output(name="logits", expected=expected, actual=actual)
+    assert parity._compare(source, case, output, atol=1e-4, rtol=1e-3).tolist() == [False, True]
+    with pytest.raises(ArtifactError, match="differs from PyTorch by 1 in logits on text inputs"):
+        parity._compare(source, case, replace(output, actual=expected[:, ::-1].copy()), atol=0.1, rtol=0.0)
+    regression = replace(source, task="regression")
+    assert parity._compare(regression, case, output, atol=1e-4, rtol=0).size == 0  # no answer to agree on
     with pytest.raises(ArtifactError, match="not finite"):
-        parity._compare(source, case, np.full_like(expected, np.inf), actual, atol=1e-4, rtol=1e-3)
+        parity._compare(source, case, replace(output, expected=np.full_like(expected, np.inf)), atol=1e-4, rtol=1e-3)
+
+
+def test_the_tolerance_grows_with_the_outputs(tiny_bert: Path) -> None:
+    source, case = load_source(tiny_bert), Case(name="text", feeds={"input_ids": np.ones((1, 4), np.int64)})
+    expected = np.array([[30.0, -30.0, 30.0, 0.0]], np.float32)
+    for scale, off, fits in ((1.0, 0.002, True), (1.0, 0.003, False), (0.01, 0.002, False)):
+        output = parity.Output(name="logits", expected=expected * scale, actual=expected * scale)
+        output.actual[0, 3] += off
+        if fits:
+            parity._compare(source, case, output, atol=1e-4, rtol=0)
+        else:
+            with pytest.raises(ArtifactError, match="differs"):
+                parity._compare(source, case, output, atol=1e-4, rtol=0)
+
+
+def test_the_mean_difference_counts_where_asked(tiny_bert: Path) -> None:
+    source, case = load_source(tiny_bert), Case(name="text", feeds={"input_ids": np.ones((1, 100), np.int64)})
+    expected = np.zeros((1, 100), np.float32)
+    single, everywhere = expected.copy(), expected + np.float32(0.05)
+    single[0, 3] = 0.09
+    for actual, fits in ((single, True), (everywhere, False)):
+        output = parity.Output(name="logits", expected=expected, actual=actual)
+        parity._compare(source, case, output, atol=0.1, rtol=0)
+        if fits:
+            parity._compare(source, case, output, atol=0.1, rtol=0, rms=0.01)
+        else:
+            with pytest.raises(ArtifactError, match=r"by 0\.05 in the root mean square .* tolerance of 0\.01"):
+                parity._compare(source, case, output, atol=0.1, rtol=0, rms=0.01)
+
+
+def test_what_lies_at_padding_does_not_count(tiny_bert: Path) -> None:
+    source, case = load_source(tiny_bert), Case(name="text", feeds={"input_ids": np.ones((1, 2), np.int64)})
+    expected = np.array([[[1.0, 2.0], [9.0, 1.0]]], np.float32)
+    actual = np.array([[[1.0, 2.0], [1.0, 9.0]]], np.float32)
+    real = np.array([[[True], [False]]])
+    output = parity.Output(name="logits", expected=expected, actual=actual, counts=real)
+    assert parity._compare(source, case, output, atol=0, rtol=0).tolist() == [True]
+    with pytest.raises(ArtifactError, match="differs from PyTorch by 8"):
+        parity._compare(source, case, replace(output, counts=~real), atol=0, rtol=0)
+    actual[0, 1, 0] = np.nan  # not even there, since 0 times NaN is NaN
+    with pytest.raises(ArtifactError, match="differs"):
+        parity._compare(source, case, output, atol=0, rtol=0)
 
 
 def test_full_disk(tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,4 +353,10 @@ def test_opset_that_cannot_be_written(tiny_bert: Path, tmp_path: Path, opset: in
 
 
 def test_negative_tolerance(tiny_bert: Path, tmp_path: Path) -> None:
-    refused(tiny_bert, tmp_path / "out", ConfigError, "each must be a finite number of at least 0", atol=float("nan"))
+    refused(
+        tiny_bert,
+        tmp_path / "out",
+        ConfigError,
+        "--atol is nan; it must be a finite number of at least 0",
+        atol=float("nan"),
+    )

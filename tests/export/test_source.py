@@ -2,16 +2,26 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer, RobertaConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertForMaskedLM,
+    RobertaConfig,
+    ViTConfig,
+    ViTModel,
+)
 
 from export.source import load_source
-from pst.errors import ModelError
+from pst.errors import ConfigError, ModelError
 
 
 @pytest.fixture
@@ -20,9 +30,9 @@ def folder(tiny_bert: Path, tmp_path: Path) -> Path:
     return shutil.copytree(tiny_bert, tmp_path / "model")
 
 
-def refused(folder: Path, match: str) -> None:
+def refused(folder: Path, match: str, **options: Any) -> None:
     with pytest.raises(ModelError, match=match):
-        load_source(folder)
+        load_source(folder, **options)
 
 
 def edit(path: Path, **changes: Any) -> None:
@@ -41,7 +51,10 @@ def test_loads_in_float32_and_eval_mode(folder: Path) -> None:
 
 def test_no_head(folder: Path) -> None:
     AutoModel.from_pretrained(folder).save_pretrained(folder)
-    refused(folder, r"no trained classifier head \(its weights lack classifier\.bias, classifier\.weight\)")
+    words = r"no trained classifier head \(its weights lack classifier\.bias, classifier\.weight\)"
+    refused(folder, words, task="classification")
+    refused(folder, r"no trained head for question_answering \(its weights lack qa_outputs", task="question_answering")
+    assert load_source(folder).task == "feature_extraction"
 
 
 def test_head_of_another_size(folder: Path) -> None:
@@ -109,6 +122,27 @@ def test_damaged_sparsity_report(folder: Path) -> None:
     for content, match in (("{", "not readable JSON"), ("{}", "not a whole"), ('{"schema_version": 9}', "version 9")):
         report.write_text(content)
         refused(folder, match)
+
+
+def test_a_head_that_cannot_be_exported(folder: Path, tmp_path: Path) -> None:
+    BertForMaskedLM.from_pretrained(folder).save_pretrained(folder)
+    refused(folder, r"is a BertForMaskedLM, whose head cannot be exported; .* --task feature_extraction")
+    assert load_source(folder, task="feature_extraction").head.outputs == ("last_hidden_state",)
+    with pytest.raises(ConfigError, match="Unknown task 'fill_mask'; use one of auto, classification, "):
+        load_source(folder, task="fill_mask")
+
+
+def test_a_model_that_reads_no_tokens(tmp_path: Path) -> None:
+    config = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=1, intermediate_size=16, image_size=16)
+    ViTModel(config).save_pretrained(tmp_path)
+    refused(tmp_path, "is a ViTModel, which takes no input_ids; export takes models that read tokens")
+
+
+def test_a_sparse_classifier_without_its_head(sparse_model: Callable[..., Path]) -> None:
+    source = load_source(sparse_model("2:4", 0.5), task="feature_extraction")
+    assert source.sparsity is not None
+    assert {row["name"] for row in source.sparsity["weights"]} < set(source.weights())
+    assert source.labels == ()
 
 
 def test_positions_that_start_after_the_padding_id(tiny_bert: Path, tmp_path: Path) -> None:

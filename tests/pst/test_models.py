@@ -1,6 +1,8 @@
 """Which weights each architecture gives to pruning, on full-size models without memory (the meta device)."""
 
+import re
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -8,17 +10,32 @@ from torch import nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
+    ElectraConfig,
+    ElectraForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MPNetConfig,
+    MPNetForSequenceClassification,
     RobertaConfig,
     RobertaForSequenceClassification,
+    XLMRobertaConfig,
+    XLMRobertaForSequenceClassification,
 )
 
 from pst.errors import ModelError
 from pst.models import architecture
 from pst.sparsify import prunable_weights
+
+BERT_NAMES = (
+    "attention.self.query attention.self.key attention.self.value attention.output.dense intermediate.dense "
+    "output.dense"
+)
 
 
 def on_meta(model_class: type[nn.Module], config: object) -> nn.Module:
@@ -57,19 +74,61 @@ def test_gpt2_is_stored_inputs_by_outputs_with_q_k_v_side_by_side() -> None:
 
 
 @pytest.mark.parametrize(
+    ("model_class", "config", "count", "names"),
+    [
+        (RobertaForSequenceClassification, RobertaConfig(), 72, BERT_NAMES),
+        (ElectraForSequenceClassification, ElectraConfig(), 72, BERT_NAMES),
+        (DistilBertForSequenceClassification, DistilBertConfig(), 36,
+         "attention.q_lin attention.k_lin attention.v_lin attention.out_lin ffn.lin1 ffn.lin2"),
+        (MPNetForSequenceClassification, MPNetConfig(), 72,
+         "attention.attn.q attention.attn.k attention.attn.v attention.attn.o intermediate.dense output.dense"),
+        (LlamaForCausalLM, LlamaConfig(num_hidden_layers=4, num_key_value_heads=8), 28,
+         "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj mlp.gate_proj mlp.up_proj mlp.down_proj"),
+    ],
+)  # fmt: skip
+def test_all_linears_of_a_layer_in_order(model_class: type[nn.Module], config: Any, count: int, names: str) -> None:
+    weights = prunable_weights(on_meta(model_class, config))
+    assert len(weights) == count
+    assert {(item.axis, item.parts) for item in weights} == {(1, 1)}
+    layer = [item.name for item in weights if re.search(r"layers?\.2\.", item.name)]
+    assert [re.sub(r"^.*\.2\.(.*)\.weight$", r"\1", name) for name in layer] == names.split()
+    assert architecture(config.model_type) is not architecture("generic")
+
+
+@pytest.mark.parametrize(
     ("model_class", "config", "count"),
     [
-        (RobertaForSequenceClassification, RobertaConfig(), 72),
-        (DistilBertForSequenceClassification, DistilBertConfig(), 36),
+        (XLMRobertaForSequenceClassification, XLMRobertaConfig(), 72),
+        (DebertaV2ForSequenceClassification, DebertaV2Config(), 144),
     ],
 )
 def test_models_without_a_file_prune_their_numbered_blocks(
-    model_class: type[nn.Module], config: object, count: int
+    model_class: type[nn.Module], config: Any, count: int
 ) -> None:
+    assert architecture(config.model_type) is architecture("generic")
     weights = prunable_weights(on_meta(model_class, config))
     assert len(weights) == count
     assert all(".layer." in item.name for item in weights)
     assert not any(word in item.name for item in weights for word in ("embed", "classifier", "pooler", "norm"))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [
+        ("distilbert", "pre_classifier"),
+        ("distilbert", "distilbert.embeddings.word_embeddings"),
+        ("mpnet", "mpnet.encoder.relative_attention_bias"),
+        ("mpnet", "mpnet.encoder.layer.0.attention.attn.bias"),
+        ("electra", "electra.embeddings_project"),
+        ("electra", "discriminator_predictions.dense"),
+        ("roberta", "classifier.out_proj"),
+        ("llama", "lm_head"),
+        ("llama", "model.embed_tokens"),
+        ("llama", "model.layers.0.input_layernorm"),
+    ],
+)
+def test_what_stays_dense(model_type: str, name: str) -> None:
+    assert not architecture(model_type).prunable.search(name)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,173 @@
+"""fp16 and bf16 as types in the graph: who computes in half precision, who in float32, and what is stored.
+
+The rule, called "fp32 norms, softmax and logits":
+
+- Half precision begins at the parameters that are matrices, stored as such, and follows what is computed from them;
+  weights of LayerNorm keep their type, and so do constants and what comes from integers alone (masks, rotary angles).
+- In float32, casts around them: LayerNormalization; the operators that RMS norms are made of and what multiplies with
+  their result; Softmax; and the product that gives the head's output, with all that follows it.
+- The head's outputs are float32. The key/value cache of a decoder is of the half type, in and out.
+
+An operator that meets both types computes in half. Source of the rule: what torch.autocast keeps in float32.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from pst.errors import ArtifactError, ConfigError, ModelError
+
+Array = np.ndarray[Any, Any]
+_LARGEST = {TensorProto.FLOAT16: 65504.0, TensorProto.BFLOAT16: 3.3895314e38}  # the largest finite numbers
+PRECISIONS = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
+TOLERANCES = {"fp32": (1e-4, 1e-3), "fp16": (1e-1, 2e-2), "bf16": (1.0, 5e-2)}
+"""atol and rtol of the comparison with PyTorch in float32; bf16 keeps 8 bits of a number, fp16 11.
+
+Among many outputs of a half type one always lies far off, where an outlier among the activations was rounded, and in
+PyTorch too. So there MEAN_SHARE counts as well, and the float32 graph is held to its own tolerance before it is
+rewritten.
+"""
+MEAN_SHARE = 0.1
+"""Of atol: the root mean square of the differences that a half type may have, in the same unit."""
+IN_FLOAT32 = frozenset({"LayerNormalization", "Softmax", "Pow", "ReduceMean", "Sqrt", "Reciprocal"})
+_STATISTICS = frozenset({"Sqrt", "Reciprocal"})
+_AFTER_THE_LAST_PRODUCT = frozenset(
+    {"Squeeze", "Unsqueeze", "Split", "Slice", "Gather", "GatherND", "GatherElements", "Reshape", "Identity",
+     "Transpose"}
+)  # fmt: skip
+
+
+def check_precision(precision: str) -> None:
+    """Raise ConfigError for a name that is not one of PRECISIONS."""
+    if precision not in PRECISIONS:
+        raise ConfigError(f"Unknown precision {precision!r}; use one of {', '.join(PRECISIONS)}.")
+
+
+def to_precision(
+    model: Any, weights: Mapping[str, Array], *, precision: str, outputs: Iterable[str], halved: Iterable[str] = ()
+) -> dict[str, Array]:
+    """Rewrite *model* (onnx.ModelProto, float32) in place by the rule above; returns *weights* as they are stored now.
+
+    Requires: no subgraphs or local functions; initializers named as the parameters that they hold (name_weights).
+    Ensures: the same inputs and outputs, of which *outputs* stay float32 and the inputs *halved* become half, as do
+    outputs computed in half. Raises ConfigError for an unknown *precision*, ModelError for a graph with subgraphs,
+    ArtifactError where a weight is too large for the type.
+    """
+    check_precision(precision)
+    if precision == "fp32":
+        return dict(weights)
+    if model.functions or any(entry.HasField("g") for node in model.graph.node for entry in node.attribute):
+        raise ModelError(f"The graph holds subgraphs, which cannot be written in {precision}; use --precision fp32.")
+    rewriter = _Rewriter(model, weights, PRECISIONS[precision], set(outputs), set(halved))
+    rewriter.run()
+    dtype = helper.tensor_dtype_to_np_dtype(PRECISIONS[precision])
+    return {name: array.astype(dtype) if name in rewriter.matrices else array for name, array in weights.items()}
+
+
+class _Rewriter:
+    """The state of one rewrite: what type each value has so far, and which casts exist."""
+
+    def __init__(
+        self, model: Any, weights: Mapping[str, Array], half: int, outputs: set[str], halved: set[str]
+    ) -> None:
+        self.graph, self.half, self.outputs, self.halved = model.graph, half, outputs, halved
+        inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True).graph
+        values = (*inferred.input, *inferred.output, *inferred.value_info)
+        self.types = {value.name: value.type.tensor_type.elem_type for value in values}
+        self.initializers = {tensor.name: tensor for tensor in self.graph.initializer}
+        self.types |= {name: tensor.data_type for name, tensor in self.initializers.items()}
+        self.floats = {name for name, kind in self.types.items() if kind == TensorProto.FLOAT}
+        self.matrices = {
+            name for name, tensor in self.initializers.items()
+            if name in weights and name in self.floats and len(tensor.dims) >= 2
+        }  # fmt: skip
+        self.final = self._final_nodes()
+        self.nodes: list[Any] = []
+        self.casts: dict[tuple[str, int], str] = {}
+
+    def _final_nodes(self) -> set[str]:
+        """First outputs of the nodes that compute in float32 because the head's outputs come straight from them."""
+        producers = {name: node for node in self.graph.node for name in node.output}
+        found: set[str] = set()
+        waiting = [producers[name] for name in self.outputs if name in producers]
+        while waiting:
+            node = waiting.pop()
+            found.add(node.output[0])
+            bias = node.op_type == "Add" and any(name in self.initializers for name in node.input)
+            if bias or node.op_type in _AFTER_THE_LAST_PRODUCT:
+                waiting += [producers[name] for name in node.input if name in producers and name in self.floats]
+        return found
+
+    def run(self) -> None:
+        for value in self.graph.input:
+            if value.name in self.halved and value.name in self.floats:
+                self.types[value.name] = value.type.tensor_type.elem_type = self.half
+        for name in self.matrices:
+            self.types[name] = self.half
+        statistics: set[str] = set()
+        for node in self.graph.node:
+            in_half = self._computes_in_half(node, statistics)
+            if node.op_type in _STATISTICS:
+                statistics |= set(node.output)
+            self._feed(node, self.half if in_half else TensorProto.FLOAT)
+            self.nodes.append(node)
+            if in_half:
+                self.types |= {name: self.half for name in node.output if name in self.floats}
+        self._store()
+        del self.graph.node[:]
+        self.graph.node.extend(self.nodes)
+        self.graph.ClearField("value_info")
+        for value in self.graph.output:
+            value.type.tensor_type.elem_type = self.types[value.name]
+
+    def _computes_in_half(self, node: Any, statistics: set[str]) -> bool:
+        if node.op_type in IN_FLOAT32 or node.op_type == "Cast" or node.output[0] in self.final:
+            return False
+        if statistics & set(node.input):
+            return False
+        return any(self.types.get(name) == self.half for name in node.input)
+
+    def _feed(self, node: Any, wanted: int) -> None:
+        """Give *node* its floating inputs in the type *wanted*."""
+        for place, name in enumerate(node.input):
+            if name in self.floats and self.types[name] != wanted and node.op_type not in ("Cast", "Shape"):
+                node.input[place] = self._cast(name, wanted)
+
+    def _cast(self, name: str, wanted: int) -> str:
+        if (name, wanted) not in self.casts:
+            cast = f"{name}_{TensorProto.DataType.Name(wanted).lower()}"
+            self.casts[name, wanted] = cast
+            self.nodes.append(helper.make_node("Cast", [name], [cast], name=f"cast_{cast}", to=wanted))
+        return self.casts[name, wanted]
+
+    def _store(self) -> None:
+        """Matrices in half, and vectors and constants that no one reads in float32; a cast of the latter goes."""
+        ours = set(self.casts.values())
+        read = {name for node in self.nodes if node.output[0] not in ours for name in node.input}
+        dropped = set()
+        for name, tensor in self.initializers.items():
+            cast = self.casts.get((name, self.half))
+            if name in self.matrices:
+                tensor.CopyFrom(self._halve(tensor, exact=True))
+            elif cast is not None and name not in read:
+                tensor.CopyFrom(self._halve(tensor, exact=False))
+                tensor.name = cast
+                dropped.add(cast)
+        self.nodes = [node for node in self.nodes if node.output[0] not in dropped]
+
+    def _halve(self, tensor: Any, *, exact: bool) -> Any:
+        """*tensor* in half; a constant beyond its range (a mask's lowest number) becomes the nearest finite one."""
+        dtype = helper.tensor_dtype_to_np_dtype(self.half)
+        array = numpy_helper.to_array(tensor)
+        largest = np.float32(_LARGEST[self.half])
+        finite = np.isfinite(array)
+        if exact and (np.abs(array[finite]) > largest).any():
+            raise ArtifactError(
+                f"{tensor.name} holds numbers beyond {largest:g}, the largest of fp16; use --precision bf16 or fp32."
+            )
+        return numpy_helper.from_array(
+            np.where(finite, np.clip(array, -largest, largest), array).astype(dtype), tensor.name
+        )

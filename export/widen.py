@@ -1,0 +1,58 @@
+"""A bf16 graph that ONNX Runtime can run on the CPU, where it has no arithmetic in bf16.
+
+Each operator computes in float32 and its result is rounded to bf16: what the runtime itself does for fp16 there, and
+what a GPU does, whose matrix units add up in float32.
+"""
+
+from typing import Any
+
+import onnx
+from onnx import TensorProto, helper
+
+_FREE = frozenset({"Cast", "Shape"})
+
+
+def widen(model: Any) -> Any:
+    """A copy of *model* (onnx.ModelProto) whose inputs and outputs are float32 where they were bf16."""
+    wide = onnx.ModelProto()
+    wide.CopyFrom(onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True))
+    graph = wide.graph
+    values = (*graph.input, *graph.output, *graph.value_info)
+    narrow = {value.name for value in values if value.type.tensor_type.elem_type == TensorProto.BFLOAT16}
+    narrow |= {tensor.name for tensor in graph.initializer if tensor.data_type == TensorProto.BFLOAT16}
+    nodes: list[Any] = []
+
+    def cast(source: str, target: str, to: int) -> None:
+        nodes.append(helper.make_node("Cast", [source], [target], to=to))
+
+    renamed = {value.name: f"{value.name}_bf16" for value in (*graph.input, *graph.output) if value.name in narrow}
+    for value in graph.input:
+        if value.name in narrow:
+            value.type.tensor_type.elem_type = TensorProto.FLOAT
+            cast(value.name, renamed[value.name], TensorProto.BFLOAT16)
+    for place, node in enumerate(graph.node):
+        inputs = [renamed.get(name, name) for name in node.input]
+        outputs = [renamed.get(name, name) for name in node.output]
+        if node.op_type not in _FREE:
+            for index, name in enumerate(node.input):
+                if name in narrow:
+                    cast(inputs[index], f"wide_{place}_{index}", TensorProto.FLOAT)
+                    inputs[index] = f"wide_{place}_{index}"
+            wide_outputs = [
+                f"wide_{place}_out_{i}" if name in narrow else outputs[i] for i, name in enumerate(node.output)
+            ]
+        else:
+            wide_outputs = outputs
+        nodes.append(helper.make_node(node.op_type, inputs, wide_outputs, name=node.name, domain=node.domain))
+        nodes[-1].attribute.extend(node.attribute)
+        for source, target in zip(wide_outputs, outputs, strict=True):
+            if source != target:
+                cast(source, target, TensorProto.BFLOAT16)
+    for value in graph.output:
+        if value.name in narrow:
+            value.type.tensor_type.elem_type = TensorProto.FLOAT
+            cast(renamed[value.name], value.name, TensorProto.FLOAT)
+    del graph.node[:]
+    graph.node.extend(nodes)
+    graph.ClearField("value_info")
+    return wide
