@@ -198,6 +198,64 @@ def compare(
 
 
 @app.command(
+    short_help="Prune a model without training it.",
+    epilog="Example: pst prune MODEL --pattern 2:4 --data reviews.csv --compensate --output pruned",
+)
+def prune(
+    source: Annotated[str, typer.Argument(help="Run or model folder, or hub id.")],
+    output: Output,
+    pattern: Annotated[str, typer.Option(help="unstructured, N:M such as 2:4, or block:RxC.")] = "unstructured",
+    sparsity: Annotated[
+        float | None, typer.Option(help="Fraction of zeros from 0 to below 1, such as 0.5; N:M fixes it.")
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="magnitude, or wanda, which looks at inputs too [wanda where --data is given].")
+    ] = None,
+    compensate: Annotated[
+        bool, typer.Option("--compensate", help="Adjust the weights that stay for those that go, as SparseGPT does.")
+    ] = False,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", help="Calibration text: a .txt file, or a table or hub id with a text column."),
+    ] = None,
+    sets: DataSets = None,
+    rows: Annotated[int, typer.Option(help="Rows of calibration text, evenly spaced.")] = 128,
+    max_length: Annotated[int | None, typer.Option(help="Tokens of a row; default 128 or the model's limit.")] = None,
+    budget: Annotated[
+        str, typer.Option(help="local: the sparsity holds in each weight; global: over all of them.")
+    ] = "local",
+    overwrite: Overwrite = False,
+) -> None:
+    """Prune a model in one go, with the head it has: the quick way to zeros, and what training is to be compared with.
+
+    Writes a plain Hugging Face folder with zeros in place and sparsity.json, which pst export takes. With --data it
+    says how much the outputs of each pruned layer change on that text.
+    """
+    from pst.prune import prune as run
+
+    if budget not in ("local", "global"):
+        raise ConfigError(f"Unknown budget {budget!r}; use local or global.")
+    result = run(
+        source,
+        output,
+        pattern=pattern,
+        sparsity=sparsity,
+        method=method,
+        adjust=compensate,
+        data=_data_spec(data, sets),
+        rows=rows,
+        max_length=max_length,
+        budget=budget,  # type: ignore[arg-type]
+        overwrite=overwrite,
+    )
+    _show(f"{result.model}: {result.pattern} by {result.method}, {result.sparsity:.1%} zeros in the pruned weights")
+    if result.errors:
+        worst = max(result.errors, key=lambda name: result.errors[name])
+        mean, most = sum(result.errors.values()) / len(result.errors), result.errors[worst]
+        _show(f"outputs of a pruned layer change by {mean:.1%} on average, at most by {most:.1%} ({worst})")
+
+
+@app.command(
     short_help="Write a model as ONNX, proven against PyTorch.",
     epilog="Example: pst export runs/reviews --output artifacts/reviews",
 )

@@ -210,7 +210,7 @@ def in_validation(text: str, fraction: float) -> bool:
 
 
 def _build(spec: DataSpec, table: Table, coding: _Coding, label: str) -> Examples:
-    columns = _text_columns(spec, table)
+    columns = text_columns_of(spec, table)
     texts = [table.columns[name] for name in columns]
     for name, values in zip(columns, texts, strict=True):
         for row, value in enumerate(values, start=1):
@@ -270,7 +270,8 @@ def _limited(examples: Examples, limit: int) -> Examples:
 # -- columns and labels --------------------------------------------------------------------------------------------
 
 
-def _text_columns(spec: DataSpec, table: Table) -> tuple[str, ...]:
+def text_columns_of(spec: DataSpec, table: Table) -> tuple[str, ...]:
+    """The one or two text columns that *spec* names, or that have a usual name. Raises DataError where none is."""
     if spec.text_columns:
         for name in spec.text_columns:
             _require_column(table, name, "text_columns")
@@ -288,7 +289,7 @@ def _label_column(spec: DataSpec, table: Table) -> str:
     if spec.label_column:
         _require_column(table, spec.label_column, "label_column")
         return spec.label_column
-    taken = _text_columns(spec, table)
+    taken = text_columns_of(spec, table)
     for name in LABEL_COLUMNS:
         if name in table.columns and name not in taken:
             return name

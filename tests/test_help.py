@@ -20,6 +20,8 @@ FLAGS = {
     "--config --set --list-options --resume --overwrite",
     "compare": "--model --data --output -o --methods --patterns --sparsities --seeds --from-dense --teacher-from-dense "
     "--jobs --set --overwrite",
+    "prune": "source --output -o --pattern --sparsity --method --compensate --data --set --rows --max-length --budget "
+    "--overwrite",
     "export": "source --output -o --format --task --opset --precision --data --set --atol --rtol --external-data "
     "--overwrite",
     "eval": "path --data --set --engine --batch-size --threads --predictions --json",

@@ -11,8 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pst import kernels
-
 if TYPE_CHECKING:
     from pst.kernels.selection import Segments
 
@@ -70,6 +68,8 @@ def keep_n_of_m(scores: Sequence[Tensor], n: int, m: int, switched: Sequence[int
 
 
 def _together(scores: Sequence[Tensor]) -> bool:
+    from pst import kernels
+
     return kernels.usable(scores[0].device) and all(each.dtype == torch.float32 for each in scores)
 
 

@@ -127,10 +127,11 @@ def _text_splits(config: TrainConfig) -> tuple[dict[str, Table], bool] | None:
     named = [path / f"{name}.txt" for name in VALIDATION_NAMES] if path.is_dir() else []
     other = Path(config.validation).expanduser() if config.validation else next(filter(Path.is_file, named), None)
     files = {"train": file} | ({"validation": other} if other else {})
-    return {name: _read_text(one) for name, one in files.items()}, other is None
+    return {name: read_text(one) for name, one in files.items()}, other is None
 
 
-def _read_text(path: Path) -> Table:
+def read_text(path: Path) -> Table:
+    """The documents of a text file, as a table with the column text. Raises DataError for what is no text."""
     if path.suffix != ".txt" or not path.is_file():
         raise DataError(f"{path} is not a text file, as the training data is; give one that ends in .txt.")
     try:

@@ -1,0 +1,259 @@
+"""Prune without training: ``pst prune``, the quick way to a sparse model and the baseline of every slower one.
+
+    magnitude   the smallest |W| go
+    wanda       the smallest |W| times the norm of their input go (Sun et al. 2023, arXiv 2306.11695)
+    compensate  what stays is adjusted for what goes (SparseGPT, arXiv 2301.00774; see pst/compensation.py)
+
+The inputs are those of the dense model on some rows of text, for all layers at once: a layer does not see what pruning
+did to those before it. How much a layer's outputs change on these rows is written down for each weight,
+
+    output_error = || X W' ' - X W' || / || X W' ||          W' the pruned weight, X the inputs, Frobenius norms
+
+which needs no more than H = X'X: the square of the numerator is the trace of (W' - W) H (W' - W)'.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from pst.calibration import input_moments
+from pst.compensation import compensate, input_scale
+from pst.data import DataSpec, text_columns_of
+from pst.distributed import Processes
+from pst.errors import ConfigError, DataError, ModelError
+from pst.files import atomic_folder, refuse_existing, resolve_model, write_json
+from pst.loading import first_line, load_config, load_tokenizer, require_vocabulary, settle_max_length
+from pst.masked_weight import MaskedMagnitude, MaskedWeight
+from pst.materialize import masked_weights
+from pst.patterns import parse_pattern
+from pst.progress import note
+from pst.quiet import quiet_transformers
+from pst.result import git_revision, sparsity_of, versions
+from pst.sparsify import merge_, set_sparsity_, sparsify_
+from pst.tables import read_splits
+from pst.tasks.language_modeling import read_text
+
+METHODS = ("magnitude", "wanda")
+BATCH = 8
+"""Rows of calibration text that go through the model at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pruned:
+    """What became of a model."""
+
+    model: Path
+    pattern: str
+    method: str
+    sparsity: float
+    """Zeros over all entries of the pruned weights."""
+    errors: dict[str, float]
+    """output_error of each matrix, by the name of its weight; empty without calibration text."""
+
+
+class MaskedWanda(MaskedMagnitude):
+    """M * W with |W| Q as the score; Q is ones until inputs were seen."""
+
+    Q: Tensor  # (k)
+
+    def __init__(self, weight: Tensor, *, axis: int) -> None:
+        """Q = 1: magnitude."""
+        super().__init__(weight, axis=axis)
+        self.register_buffer("Q", torch.ones(self.mask.shape[1], dtype=weight.dtype, device=weight.device))
+
+    def scores(self, weight: Tensor) -> Tensor:
+        """|W| Q, (n, k)."""
+        return self.by_row(weight).abs() * self.Q
+
+
+class _Once:
+    """A method of pst/methods that trains nothing."""
+
+    trains_original = False
+
+    def masked_weight(self, weight: Tensor, *, axis: int, generator: torch.Generator | None = None) -> MaskedWeight:
+        return MaskedWanda(weight, axis=axis)
+
+    def select_trainable_(self, model: nn.Module) -> None:
+        model.requires_grad_(False)
+
+    def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        return []
+
+
+def prune(
+    source: Path | str,
+    output: Path,
+    *,
+    pattern: str = "unstructured",
+    sparsity: float | None = None,
+    method: str | None = None,
+    adjust: bool = False,
+    data: DataSpec | None = None,
+    rows: int = 128,
+    max_length: int | None = None,
+    budget: Literal["local", "global"] = "local",
+    overwrite: bool = False,
+) -> Pruned:
+    """Prune the model of *source*, a folder, run or hub id, into the folder *output*, which opens as *source* does.
+
+    method: one of METHODS; None is wanda where *data* is given, else magnitude. adjust: compensate. data: calibration
+    text, labels are not looked at; *rows* of it are used, evenly spaced, of at most *max_length* tokens.
+
+    Raises ConfigError for options that contradict each other, PatternError, DataError, ModelError for a model that
+    cannot be read or has no prunable weight, RunError where *output* holds something.
+    """
+    chosen = parse_pattern(pattern)
+    method = method or ("wanda" if data else "magnitude")
+    if method not in METHODS:
+        raise ConfigError(f"Unknown method {method!r}; use one of {', '.join(METHODS)}, or train with pst train.")
+    if data is None and (adjust or method == "wanda"):
+        what = "--method wanda" if method == "wanda" else "--compensate"
+        raise ConfigError(f"{what} looks at the inputs of each weight; name some text with --data.")
+    if rows < 1:
+        raise ConfigError(f"--rows is {rows}; calibration needs at least 1 row of text.")
+    final = _final(chosen.sparsity, sparsity, pattern=pattern)
+    refuse_existing(output, overwrite=overwrite)
+    where = str(resolve_model(Path(source))) if Path(source).exists() else str(source)
+    config = load_config(where)
+    model, tokenizer = _load(where, config), load_tokenizer(where)
+    batches, described = list[dict[str, Tensor]](), None
+    if data is not None:
+        length = settle_max_length(max_length, config, source=where)
+        batches, described = _batches(tokenizer, model, data, rows=rows, max_length=length, source=where)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sparsify_(model, method=_Once(), pattern=chosen)
+    model.to(device).eval()
+    errors = prune_(model, final, batches, wanda=method == "wanda", adjust=adjust, budget=budget, device=device)
+    merge_(model)
+    report = sparsity_of(model, method=method, pattern=chosen.spec, requested=final)
+    for row in report["weights"]:
+        row |= {"output_error": errors[row["name"]]} if row["name"] in errors else {}
+    report |= {"compensated": adjust, "calibration": described, "base_model": str(source)}
+    report |= {"versions": versions(), "git_revision": git_revision()}
+    with quiet_transformers(), atomic_folder(output, overwrite=overwrite) as partial:
+        cast(Any, model.cpu()).save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        write_json(partial / "sparsity.json", report)
+    measured = report["sparsity"]["measured"]
+    return Pruned(model=output, pattern=chosen.spec, method=method, sparsity=measured, errors=errors)
+
+
+@torch.no_grad()
+def prune_(
+    model: nn.Module,
+    sparsity: float,
+    batches: list[dict[str, Tensor]],
+    *,
+    wanda: bool,
+    adjust: bool,
+    budget: Literal["local", "global"],
+    device: torch.device,
+) -> dict[str, float]:
+    """Choose the masks of a model whose weights are MaskedWanda, and compensate if *adjust*; output_error by name."""
+    names = {id(module): f"{name}.weight" for name, module in model.named_modules()}
+    moments: dict[nn.Module, Tensor] = {}
+    if batches:
+        note(f"Looking at the inputs of every weight on {sum(len(one['input_ids']) for one in batches)} rows.")
+        moments = input_moments(model, batches, device=device, group=Processes())
+    parts = [
+        (module, cast(MaskedWanda, part), piece)
+        for module, attached in masked_weights(model)
+        for part, piece in attached.matrices(cast(Any, module).parametrizations.weight.original)
+    ]
+    if wanda:
+        for module, part, _ in parts:
+            part.Q.copy_(input_scale(moments[module]))
+    set_sparsity_(model, sparsity, budget=budget)
+    squares: dict[str, list[tuple[float, float]]] = {}
+    for module, part, piece in parts if moments else []:
+        H, W = moments[module], part.by_row(piece).clone()
+        if adjust:
+            try:
+                part.by_row(piece).copy_(compensate(W, H, part.mask))
+            except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
+                raise ModelError(
+                    f"The inputs of {names[id(module)]} cannot be used ({error}); give other text with --data, or "
+                    "leave --compensate out."
+                ) from error
+        D = part.by_row(piece) * part.mask - W
+        squares.setdefault(names[id(module)], []).append((_energy(D, H), _energy(W, H)))
+    return {
+        name: (sum(lost for lost, _ in found) / max(sum(whole for _, whole in found), 1e-30)) ** 0.5
+        for name, found in squares.items()
+    }
+
+
+def _energy(W: Tensor, H: Tensor) -> float:
+    """|| X W' ||^2 for H = X'X."""
+    return max(float(((W @ H) * W).sum(dtype=torch.float64)), 0.0)
+
+
+def _final(fixed: float | None, asked: float | None, *, pattern: str) -> float:
+    """The sparsity to reach. Raises ConfigError where pattern and user do not agree on one."""
+    if fixed is None and asked is None:
+        raise ConfigError(f"Pattern {pattern} needs a sparsity, for example --sparsity 0.5.")
+    if fixed is not None and asked is not None and abs(asked - fixed) > 1e-6:
+        raise ConfigError(
+            f"Pattern {pattern} has sparsity {fixed:g}, but {asked:g} was asked for; leave --sparsity out."
+        )
+    return float(fixed if fixed is not None else cast(float, asked))
+
+
+@quiet_transformers()
+def _load(source: str, config: Any) -> nn.Module:
+    """The model of *source* with the head that its config.json names. Raises ModelError where it cannot be read."""
+    import transformers
+
+    named = [str(name) for name in getattr(config, "architectures", None) or []]
+    loader = getattr(transformers, named[0], None) if named else transformers.AutoModel
+    if loader is None:
+        raise ModelError(
+            f"{source} is a {named[0]}, which this version of transformers does not have; update transformers, or "
+            "give another model."
+        )
+    try:
+        model, report = loader.from_pretrained(source, dtype="float32", output_loading_info=True)
+    except Exception as error:
+        raise ModelError(
+            f"The weights of {source} cannot be read, or do not fit its config.json: {first_line(error)} "
+            "Get the model again, or give another one."
+        ) from error
+    if lacking := sorted(report["missing_keys"]):
+        raise ModelError(
+            f"The weights of {source} lack {len(lacking)} tensors of a {type(model).__name__} ({lacking[0]}, ...), "
+            "and nothing here would train them; give a model that is whole."
+        )
+    found: nn.Module = model
+    return found
+
+
+def _batches(
+    tokenizer: Any, model: nn.Module, data: DataSpec, *, rows: int, max_length: int, source: str
+) -> tuple[list[dict[str, Tensor]], dict[str, Any]]:
+    """Calibration text as the model's inputs, padded on the right, and what to say of it."""
+    path = Path(data.data).expanduser()
+    table = read_text(path) if path.suffix == ".txt" else read_splits(data.data, data.validation, {"train"})[0]["train"]
+    columns = [table.columns[name] for name in text_columns_of(data, table)]
+    texts = [row for row in zip(*columns, strict=True) if all(isinstance(text, str) and text.strip() for text in row)]
+    if not texts:
+        raise DataError(f"{table.where} holds no row with text; choose other rows, or another --data.")
+    count = min(rows, len(texts))
+    texts = [texts[index * len(texts) // count] for index in range(count)]
+    encoded = tokenizer(*(list(column) for column in zip(*texts, strict=True)), truncation=True, max_length=max_length)
+    ids = encoded["input_ids"]
+    require_vocabulary(model, ids, source=source)
+    ids = sorted((row for row in ids if row), key=len)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    batches = []
+    for start in range(0, len(ids), BATCH):
+        some = ids[start : start + BATCH]
+        longest = max(len(row) for row in some)
+        input_ids = torch.tensor([row + [pad] * (longest - len(row)) for row in some])
+        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in some])
+        batches.append({"input_ids": input_ids, "attention_mask": mask})
+    tokens = sum(len(row) for row in ids)
+    return batches, {"source": table.where, "rows": len(ids), "tokens": tokens, "max_length": max_length}
