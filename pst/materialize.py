@@ -167,6 +167,7 @@ def detach_hooks_(model: nn.Module) -> None:
     for hook in getattr(model, _HOOKS):
         hook.remove()
     delattr(model, _HOOKS)
+    _groups.pop(model, None)  # which holds the tensors of every weight
 
 
 _HOOKS = "_pst_hooks"
@@ -174,13 +175,18 @@ _open: "weakref.WeakKeyDictionary[nn.Module, ExitStack]" = weakref.WeakKeyDictio
 
 
 def _before(model: nn.Module, inputs: Any) -> None:
-    if model in _held:
+    if model in _held or (model.training and _checkpoints_activations(model)):
         return
     groups = groups_of(model)
     _make(groups)
     if groups and model.training and torch.is_grad_enabled():
         _open[model] = ExitStack()
         _open[model].enter_context(recomputed_activations())
+
+
+def _checkpoints_activations(model: nn.Module) -> bool:
+    """Whether blocks run again in the backward pass, and so have to make their weights again, by themselves."""
+    return any(module.__dict__.get("gradient_checkpointing", False) for module in model.modules())
 
 
 def _after(model: nn.Module, inputs: Any, output: Any) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("triton", reason="the kernels need Triton")
 
-from pst import kernels
+from pst import kernels, materialize
 from pst.masked_weight import MaskedWeight
 from pst.materialize import groups_of, masked_weights, materialized
 from pst.methods.pst import PST
@@ -195,3 +195,32 @@ def test_a_copy_and_a_moved_model_have_tables_of_their_own(device: torch.device)
         assert not torch.equal(other(**batch_on(device)).logits, first)
         model.double().float()  # new storage for every tensor
         torch.testing.assert_close(model(**batch_on(device)).logits, first)
+
+
+def test_gradient_checkpointing_trains_alike(device: torch.device) -> None:
+    base, batch, grads = bert(), batch_on(device), []
+    with kernels.forced(True):
+        for checkpointing in (False, True):
+            model = sparse(base, "unstructured", device)
+            if checkpointing:
+                plain: Any = model  # the older name warns in newer versions of transformers
+                enable = getattr(plain, "activation_checkpointing_enable", None) or plain.gradient_checkpointing_enable
+                enable()
+            set_sparsity_(model, 0.5)
+            model(**batch).loss.backward()
+            grads.append([part.get_parameter("V").grad for part in model.modules() if isinstance(part, MaskedWeight)])
+    assert len(grads[0]) == 12
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_nothing_is_held_after_merging(device: torch.device) -> None:
+    with kernels.forced(True):
+        model = sparse(bert(), "unstructured", device)
+        model(**batch_on(device))
+        assert groups_of(model)
+        merge_(model)
+        assert not list(masked_weights(model))
+        assert model not in materialize._groups
+    assert not model._forward_pre_hooks
+    assert not model._forward_hooks
