@@ -272,7 +272,7 @@ def export(
     ] = "auto",
     opset: Annotated[int, typer.Option(help="ONNX operator set; 17 is the newest that TensorRT 8.6 reads.")] = 17,
     precision: Annotated[
-        str, typer.Option(help="fp32, or fp16 or bf16 with norms, softmax and logits in fp32.")
+        str, typer.Option(help="fp32, or products in fp16 or bf16, with norms, softmax and logits in fp32.")
     ] = "fp32",
     data: DataOption = None,
     sets: DataSets = None,

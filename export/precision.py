@@ -1,14 +1,15 @@
 """fp16 and bf16 as types in the graph: who computes in half precision, who in float32, and what is stored.
 
-The rule, called "fp32 norms, softmax and logits":
+The rule, called "half products", is much like that of torch.autocast:
 
-- Half precision begins at the parameters that are matrices, stored as such, and follows what is computed from them;
-  weights of LayerNorm keep their type, and so do constants and what comes from integers alone (masks, rotary angles).
-- In float32, casts around them: LayerNormalization; the operators that RMS norms are made of and what multiplies with
-  their result; Softmax; and the product that gives the head's output, with all that follows it.
-- The head's outputs are float32. The key/value cache of a decoder is of the half type, in and out.
-
-An operator that meets both types computes in half. Source of the rule: what torch.autocast keeps in float32.
+- Matrices that are parameters are stored in the half type, and products (MatMul, Gemm, Conv) compute in it. What comes
+  from integers alone (masks, rotary angles) stays float32.
+- LayerNormalization, the operators that RMS norms are made of, and Softmax compute in float32; so does the product that
+  gives the head's output, with all that follows it. The head's outputs are float32.
+- Arithmetic where both types meet computes in float32, and so does every sum of two computed values: the residual
+  stream, which in bf16 would cost a decoder of 30 layers nearly four times the error. Constants, vectors and biases
+  follow what they meet.
+- What only moves numbers keeps their type, and the key/value cache of a decoder is of the half type, in and out.
 """
 
 from collections.abc import Iterable, Mapping
@@ -33,10 +34,10 @@ rewritten.
 MEAN_SHARE = 0.1
 """Of atol: the root mean square of the differences that a half type may have, in the same unit."""
 IN_FLOAT32 = frozenset({"LayerNormalization", "Softmax", "Pow", "ReduceMean", "Sqrt", "Reciprocal"})
-_STATISTICS = frozenset({"Sqrt", "Reciprocal"})
-_AFTER_THE_LAST_PRODUCT = frozenset(
+_PRODUCTS = frozenset({"MatMul", "Gemm", "Conv"})
+_MOVES = frozenset(
     {"Squeeze", "Unsqueeze", "Split", "Slice", "Gather", "GatherND", "GatherElements", "Reshape", "Identity",
-     "Transpose"}
+     "Transpose", "Concat", "Expand"}
 )  # fmt: skip
 
 
@@ -84,6 +85,10 @@ class _Rewriter:
             name for name, tensor in self.initializers.items()
             if name in weights and name in self.floats and len(tensor.dims) >= 2
         }  # fmt: skip
+        self.constants = set(self.initializers) | {
+            name for node in self.graph.node if node.op_type in ("Constant", "ConstantOfShape") for name in node.output
+        }
+        self.learned = set(self.matrices) | self.halved  # and what is computed from them
         self.final = self._final_nodes()
         self.nodes: list[Any] = []
         self.casts: dict[tuple[str, int], str] = {}
@@ -97,7 +102,7 @@ class _Rewriter:
             node = waiting.pop()
             found.add(node.output[0])
             bias = node.op_type == "Add" and any(name in self.initializers for name in node.input)
-            if bias or node.op_type in _AFTER_THE_LAST_PRODUCT:
+            if bias or node.op_type in _MOVES:
                 waiting += [producers[name] for name in node.input if name in producers and name in self.floats]
         return found
 
@@ -107,15 +112,15 @@ class _Rewriter:
                 self.types[value.name] = value.type.tensor_type.elem_type = self.half
         for name in self.matrices:
             self.types[name] = self.half
-        statistics: set[str] = set()
         for node in self.graph.node:
-            in_half = self._computes_in_half(node, statistics)
-            if node.op_type in _STATISTICS:
-                statistics |= set(node.output)
+            in_half, read = self._computes_in_half(node), set(node.input)
             self._feed(node, self.half if in_half else TensorProto.FLOAT)
             self.nodes.append(node)
+            made = [name for name in node.output if name in self.floats]
             if in_half:
-                self.types |= {name: self.half for name in node.output if name in self.floats}
+                self.types |= dict.fromkeys(made, self.half)
+            if self.learned & read:
+                self.learned |= set(made)
         self._store()
         del self.graph.node[:]
         self.graph.node.extend(self.nodes)
@@ -123,12 +128,18 @@ class _Rewriter:
         for value in self.graph.output:
             value.type.tensor_type.elem_type = self.types[value.name]
 
-    def _computes_in_half(self, node: Any, statistics: set[str]) -> bool:
+    def _computes_in_half(self, node: Any) -> bool:
         if node.op_type in IN_FLOAT32 or node.op_type == "Cast" or node.output[0] in self.final:
             return False
-        if statistics & set(node.input):
+        if node.op_type in _PRODUCTS:
+            return bool(self.learned & set(node.input))
+        if not any(self.types.get(name) == self.half for name in node.input):
             return False
-        return any(self.types.get(name) == self.half for name in node.input)
+        if node.op_type in _MOVES:
+            return True
+        given = [name for name in node.input if name in self.floats and name not in self.constants]
+        sums = node.op_type == "Add" and len(given) == 2
+        return not sums and all(self.types[name] == self.half for name in given)
 
     def _feed(self, node: Any, wanted: int) -> None:
         """Give *node* its floating inputs in the type *wanted*."""

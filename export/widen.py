@@ -1,7 +1,7 @@
-"""A bf16 graph that ONNX Runtime can run on the CPU, where it has no arithmetic in bf16.
+"""A copy of a half graph that shows its rounding in ONNX Runtime on the CPU.
 
-Each operator computes in float32 and its result is rounded to bf16: what the runtime itself does for fp16 there, and
-what a GPU does, whose matrix units add up in float32.
+There the runtime has no arithmetic in bf16, and computes much of fp16 in float32 without rounding in between. In the
+copy each operator computes in float32 and its result is rounded: what a GPU does, whose matrix units add up in float32.
 """
 
 from typing import Any
@@ -12,24 +12,24 @@ from onnx import TensorProto, helper
 _FREE = frozenset({"Cast", "Shape"})
 
 
-def widen(model: Any) -> Any:
-    """A copy of *model* (onnx.ModelProto) whose inputs and outputs are float32 where they were bf16."""
+def widen(model: Any, half: int) -> Any:
+    """A copy of *model* (onnx.ModelProto) whose inputs and outputs are float32 where they were *half*, an ONNX type."""
     wide = onnx.ModelProto()
     wide.CopyFrom(onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True))
     graph = wide.graph
     values = (*graph.input, *graph.output, *graph.value_info)
-    narrow = {value.name for value in values if value.type.tensor_type.elem_type == TensorProto.BFLOAT16}
-    narrow |= {tensor.name for tensor in graph.initializer if tensor.data_type == TensorProto.BFLOAT16}
+    narrow = {value.name for value in values if value.type.tensor_type.elem_type == half}
+    narrow |= {tensor.name for tensor in graph.initializer if tensor.data_type == half}
     nodes: list[Any] = []
 
     def cast(source: str, target: str, to: int) -> None:
         nodes.append(helper.make_node("Cast", [source], [target], to=to))
 
-    renamed = {value.name: f"{value.name}_bf16" for value in (*graph.input, *graph.output) if value.name in narrow}
+    renamed = {value.name: f"{value.name}_narrow" for value in (*graph.input, *graph.output) if value.name in narrow}
     for value in graph.input:
         if value.name in narrow:
             value.type.tensor_type.elem_type = TensorProto.FLOAT
-            cast(value.name, renamed[value.name], TensorProto.BFLOAT16)
+            cast(value.name, renamed[value.name], half)
     for place, node in enumerate(graph.node):
         inputs = [renamed.get(name, name) for name in node.input]
         outputs = [renamed.get(name, name) for name in node.output]
@@ -47,7 +47,7 @@ def widen(model: Any) -> Any:
         nodes[-1].attribute.extend(node.attribute)
         for source, target in zip(wide_outputs, outputs, strict=True):
             if source != target:
-                cast(source, target, TensorProto.BFLOAT16)
+                cast(source, target, half)
     for value in graph.output:
         if value.name in narrow:
             value.type.tensor_type.elem_type = TensorProto.FLOAT
