@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING
 
+from pst.progress import note
+
 if TYPE_CHECKING:
     import torch
 
@@ -33,7 +35,28 @@ def usable(device: "torch.device") -> bool:
     """Whether work on *device* is done by these kernels."""
     if _forced is not None:
         return _forced
-    return device.type == "cuda" and installed()
+    return device.type == "cuda" and installed() and works(device)
+
+
+@cache
+def works(device: "torch.device") -> bool:
+    """Whether a small kernel gives the right answer on *device*; where it does not, that is noted once.
+
+    Triton needs a C compiler besides the driver, and a GPU of compute capability 8.0 or so.
+    """
+    import torch
+
+    from pst.kernels.selection import keep_n_of_m
+
+    try:
+        keep, _, _ = keep_n_of_m(torch.tensor([3.0, 1.0, 4.0, 2.0], device=device), 2, 4, lost=False)
+        found = keep.tolist() == [True, False, True, False]
+        reason = "" if found else "a test gave a wrong answer"
+    except Exception as error:  # whatever the compiler, the driver or the launcher says
+        found, reason = False, (str(error).strip() or type(error).__name__).splitlines()[0]
+    if not found:
+        note(f"Triton's kernels cannot be used here ({reason}); plain torch does the same, slower.")
+    return found
 
 
 @contextmanager
