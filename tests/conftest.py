@@ -1,12 +1,17 @@
 """Tiny models and data that every folder's tests share, made on the spot: no hub, no download."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # tests/pst/kernels need it, and Triton reads it on its first import
 
 GOOD = ("lovely", "superb", "moving", "brilliant", "charming", "honest")
 BAD = ("dull", "awful", "empty", "tedious", "clumsy", "false")
