@@ -103,6 +103,11 @@ def test_training_figures_are_those_of_the_committed_reports() -> None:
     quoted = re.findall(r"[\d.]+ ± [\d.]+", README)
     assert len(quoted) == 10
     assert set(quoted) <= means
+    report = json.loads((ROOT / "benchmarks/gpt2_e2e_cpu_202611.json").read_text(encoding="utf-8"))
+    bleu = {row["name"]: f"{row['bleu_test']:.1f}" for row in report["results"]}
+    sentence = re.search(r"test BLEU ([\d.]+) dense, ([\d.]+) at 50% and ([\d.]+) at 90%", README)
+    assert sentence is not None
+    assert sentence.groups() == (bleu["dense_longer"], bleu["pst_0.5"], bleu["pst_0.9"])
 
 
 def test_readme_names_every_command_and_links_to_what_exists() -> None:
