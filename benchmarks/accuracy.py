@@ -28,6 +28,7 @@ from typing import Any
 from benchmarks.accuracy_report import build, markdown, text
 from benchmarks.reports import report_path
 from pst.compare.environment import environment
+from pst.compare.jobs import close, stop
 from pst.errors import ConfigError, RunError
 from pst.files import atomic_file, read_json, write_json
 from pst.progress import note
@@ -165,7 +166,7 @@ def _run_all(options: argparse.Namespace, folders: dict[str, Path]) -> None:
                     raise InterruptedRun("Stopped; the same command goes on from there.")
                 for one in [one for one in running if one.process.poll() is not None]:
                     running.remove(one)
-                    _close(one)
+                    close(one.process)
                     note(f"{one.name}: {'failed' if one.process.returncode else 'finished'}.")
                     failed += [one.name] if one.process.returncode else []
                 while waiting and len(running) < slots:
@@ -174,7 +175,7 @@ def _run_all(options: argparse.Namespace, folders: dict[str, Path]) -> None:
                     running.append(_start(name, arguments, options.output, slot=slot, slots=slots))
                 time.sleep(POLL_S)
         finally:
-            _stop(running)
+            stop([one.process for one in running], seconds=STOP_S)
     if failed:
         where = "above" if slots == 1 else f"in {options.output}/NAME.log"
         raise RunError(f"The comparison failed for {', '.join(failed)}; why stands {where}. The others are kept.")
@@ -212,24 +213,6 @@ def _share_of_the_machine(slot: int, *, slots: int, jobs: int) -> dict[str, str]
     if len(gpus) > 1:
         found["CUDA_VISIBLE_DEVICES"] = ",".join(gpus[slot::slots] or [gpus[slot % len(gpus)]])
     return found
-
-
-def _stop(running: Sequence[_Running]) -> None:
-    for one in running:
-        one.process.terminate()
-    deadline = time.monotonic() + STOP_S
-    for one in running:
-        try:
-            one.process.wait(timeout=max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            one.process.kill()
-            one.process.wait()
-        _close(one)
-
-
-def _close(one: _Running) -> None:
-    if one.process.stdin is not None:
-        one.process.stdin.close()
 
 
 if __name__ == "__main__":

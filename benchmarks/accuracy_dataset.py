@@ -5,20 +5,19 @@ when it was told to stop, by SIGTERM or by the end of its standard input.
 """
 
 import json
-import os
-import signal
 import sys
 import threading
 from pathlib import Path
 from typing import Any
 
 from pst.compare import compare
+from pst.compare.worker import stop_with_the_parent
 from pst.errors import PSTError
 
 
 def main(arguments: str) -> int:
     """Compare, and return the exit code."""
-    threading.Thread(target=_stop_with_the_parent, daemon=True).start()
+    threading.Thread(target=stop_with_the_parent, daemon=True).start()
     values: dict[str, Any] = json.loads(arguments)
     from pst.train import InterruptedRun
 
@@ -31,12 +30,6 @@ def main(arguments: str) -> int:
         print(stop, file=sys.stderr)
         return 130
     return 0
-
-
-def _stop_with_the_parent() -> None:
-    while os.read(0, 4096):  # not sys.stdin, whose lock an ending interpreter would wait for
-        pass
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":

@@ -138,6 +138,8 @@ _held: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
 def groups_of(model: nn.Module) -> list[Together]:
     """The modules of *model* that the kernels serve, in groups; none where they cannot be used."""
+    if not kernels.usable(next(model.parameters()).device):
+        return []  # not remembered: the model may move
     found = _groups.get(model)
     if found is None or not all(group.is_current() for group in found):
         members: dict[tuple[object, ...], list[tuple[Attached, Tensor]]] = {}

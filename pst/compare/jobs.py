@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from pst.compare.attempt import announce, is_finished, missing_dense
 from pst.compare.grid import Cell
@@ -64,7 +65,7 @@ def several_at_a_time(waiting: Sequence[Cell], runs: Path, *, jobs: int) -> dict
                     queue.remove(cell)
                 time.sleep(POLL_S)
         finally:
-            _stop(running)
+            stop([job.process for job in running])
     return errors
 
 
@@ -110,7 +111,7 @@ def _answer(job: _Job, runs: Path) -> str | None:
     """The sentence of a process that has ended, or None where its run is finished."""
     assert job.process.stdout is not None
     said = job.process.stdout.read()
-    _close(job.process)
+    close(job.process)
     if job.process.returncode == 0:
         answer: dict[str, str | None] = json.loads(said)
         if answer["storage"] is not None:
@@ -121,20 +122,22 @@ def _answer(job: _Job, runs: Path) -> str | None:
     return f"Its process ended with exit code {job.process.returncode}; see {_log(job.cell, runs)}."
 
 
-def _stop(running: Sequence[_Job]) -> None:
-    for job in running:
-        job.process.terminate()
-    deadline = time.monotonic() + STOP_S
-    for job in running:
+def stop(processes: "Sequence[subprocess.Popen[Any]]", *, seconds: float = STOP_S) -> None:
+    """Ask all to stop, wait *seconds* for their checkpoints, and end those that have not."""
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + seconds
+    for process in processes:
         try:
-            job.process.wait(timeout=max(0.0, deadline - time.monotonic()))
+            process.wait(timeout=max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            job.process.kill()
-            job.process.wait()
-        _close(job.process)
+            process.kill()
+            process.wait()
+        close(process)
 
 
-def _close(process: "subprocess.Popen[str]") -> None:
+def close(process: "subprocess.Popen[Any]") -> None:
+    """Close its pipes."""
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
             with contextlib.suppress(OSError):

@@ -19,7 +19,7 @@ from pst.errors import StorageError
 
 def main(folder: str, config: str) -> int:
     """Train, answer, and return the exit code."""
-    threading.Thread(target=_stop_with_the_parent, daemon=True).start()
+    threading.Thread(target=stop_with_the_parent, daemon=True).start()
     values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in json.loads(config).items()
     }
@@ -38,7 +38,8 @@ def main(folder: str, config: str) -> int:
     return 0
 
 
-def _stop_with_the_parent() -> None:
+def stop_with_the_parent() -> None:
+    """SIGTERM to this process when its standard input ends, as it does with whoever started it."""
     while os.read(0, 4096):  # not sys.stdin, whose lock an ending interpreter would wait for
         pass
     os.kill(os.getpid(), signal.SIGTERM)

@@ -14,9 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pst.kernels.matrices import FIELDS as COLUMNS_OF_TABLE
 from pst.kernels.matrices import Matrices
 
-FIELDS = tl.constexpr(16)
+FIELDS = tl.constexpr(COLUMNS_OF_TABLE)
 TILE = (64, 64)
 """Rows and columns of a tile of the forward pass."""
 ROWS = {"STRIPE": 64, "STEP": 32, "num_warps": 4, "num_stages": 1}

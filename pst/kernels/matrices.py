@@ -87,7 +87,8 @@ class Matrices:
     @cached_property
     def aligned(self) -> bool:
         """Whether every row begins at 16 bytes, so that loads can be wide."""
-        wide = all(n % 16 == 0 and k % 16 == 0 and W0.stride(0) % 16 == 0 for W0, (n, k) in self._with_shapes())
+        sizes = [size for W0, shape in zip(self.stored, self.shapes, strict=True) for size in (*shape, W0.stride(0))]
+        wide = all(size % 16 == 0 for size in sizes)
         return wide and all(address % 16 == 0 for address in self.addresses)
 
     @cached_property
@@ -118,17 +119,14 @@ class Matrices:
     def _tiles(self) -> dict[tuple[int, int], Tensor]:
         return {}
 
-    def _with_shapes(self) -> list[tuple[Tensor, tuple[int, int]]]:
-        return list(zip(self.stored, self.shapes, strict=True))
-
 
 def serves(part: object, W0: Tensor) -> bool:
     """Whether the kernels can take this matrix: PST's, float32, W0 frozen and laid out by rows of its storage."""
     if not isinstance(part, MaskedLowRank) or W0.requires_grad or W0.stride(1) != 1:
         return False
-    return all(
-        tensor.dtype == torch.float32 and tensor.is_contiguous() for tensor in (*part.parameters(), part.Q)
-    ) and (W0.dtype == torch.float32)
+    own = (*part.parameters(), part.Q)
+    indexable = part.mask.numel() < 2**31  # the kernels count entries in 32 bits
+    return indexable and W0.dtype == torch.float32 and all(t.dtype == torch.float32 and t.is_contiguous() for t in own)
 
 
 def kind(part: MaskedLowRank, W0: Tensor) -> tuple[object, ...]:

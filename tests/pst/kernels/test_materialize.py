@@ -224,3 +224,25 @@ def test_nothing_is_held_after_merging(device: torch.device) -> None:
         assert model not in materialize._groups
     assert not model._forward_pre_hooks
     assert not model._forward_hooks
+
+
+def test_a_model_that_was_called_without_the_kernels_uses_them_later(device: torch.device) -> None:
+    """As one that is called on the processor, and then moved to a GPU."""
+    with kernels.forced(False):
+        model = sparse(bert(), "unstructured", device)
+        model(**batch_on(device))
+        assert groups_of(model) == []
+    with kernels.forced(True):
+        assert len(groups_of(model)) == 1
+
+
+def test_matrices_beyond_32_bit_indices_are_left_to_torch(device: torch.device) -> None:
+    from pst.importance import Scales
+    from pst.kernels.matrices import serves
+    from pst.masked_weight import MaskedLowRank
+
+    weight = torch.zeros(4, 4, device=device)
+    part = MaskedLowRank(weight, axis=1, r1=1, r2=1, scales=Scales(alpha1=1.0, alpha2=1.0, beta=1.0)).to(device)
+    assert serves(part, weight)
+    part.mask = torch.empty(2**16, 2**15, dtype=torch.bool, device="meta")
+    assert not serves(part, weight)
