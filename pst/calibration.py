@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pst.compensation import compensate, input_scale
 from pst.distributed import Processes
 from pst.errors import ModelError
-from pst.masked_weight import MaskedLowRank
+from pst.masked_weight import MaskedLowRank, MaskedMagnitude
 from pst.materialize import masked_weights, materialized
 from pst.sparsify import set_sparsity_
 from pst.tasks import Rows
@@ -66,7 +66,7 @@ class Calibration:
             (part, piece, moments[module])
             for module, attached in masked_weights(model)
             for part, piece in attached.matrices(cast(Any, module).parametrizations.weight.original)
-            if isinstance(part, MaskedLowRank)
+            if isinstance(part, MaskedLowRank | MaskedMagnitude)
         ]
         for part, piece, H in parts:
             part.fold_(piece)

@@ -72,11 +72,21 @@ class MaskedWeight(nn.Module, ABC):
 
 
 class MaskedMagnitude(MaskedWeight):
-    """M * W with W itself trained and |W| as the score: gradual magnitude pruning."""
+    """M * W with W itself trained and |W| Q as the score: gradual magnitude pruning, where Q is ones."""
+
+    Q: Tensor  # as in MaskedLowRank
+
+    def __init__(self, weight: Tensor, *, axis: int) -> None:
+        """For *weight* as stored."""
+        super().__init__(weight, axis=axis)
+        self.register_buffer("Q", torch.ones(self.mask.shape[1], dtype=weight.dtype, device=weight.device))
 
     def scores(self, weight: Tensor) -> Tensor:
-        """|W|, (n, k)."""
-        return self.by_row(weight).abs()
+        """|W| Q, (n, k)."""
+        return self.by_row(weight).abs() * self.Q
+
+    def fold_(self, weight: Tensor) -> None:
+        """Nothing: the weight itself trains."""
 
     def masked(self, weight: Tensor) -> Tensor:
         """M * W; a pruned entry gets no gradient."""

@@ -317,6 +317,8 @@ def _device(name: str, group: Processes) -> torch.device:
         raise ConfigError(f"device is {name!r}; use auto, cpu, cuda, or cuda:N.") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"device is {name!r}, but the GPUs here are numbered 0 to {torch.cuda.device_count() - 1}.")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())  # as torch.cuda.set_device wants it
     return device
 
 

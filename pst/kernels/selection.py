@@ -5,8 +5,13 @@ The scores of all matrices lie one behind the other. Read as an unsigned integer
 lowest score of a segment is found one byte a pass, from the highest: each pass counts, among the keys that share the
 bytes found so far, how many have which next byte. Where only some of the entries that are equal to it have to go, the
 same search over their indices settles which: the lower ones stay, so the count is exact.
+
+Training moves a threshold little from one step to the next. So the scores are read once first, around the threshold of
+the call before: what lies below the window is counted, what lies inside is listed, and where the threshold is among the
+listed it is found there, by key and index at once. Where it is not, the search above follows.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +21,12 @@ from torch import Tensor
 
 SPAN = 2048
 """Scores that one program counts."""
+WINDOW = tl.constexpr(1 << 16)
+"""Keys around the last threshold that are listed: 0.4 to 0.8% of a float32 to either side."""
+ROOM = 64
+"""One in so many scores can be listed, and 4,096 in any case."""
+CHUNK = 2048
+"""Listed entries that are looked at together."""
 STATE = tl.constexpr(4)
 """Of each segment, int64: key found so far, entries still to go, place counted from the end up
 to which ties go, settled (2: nothing goes)."""
@@ -96,6 +107,64 @@ def _choose_kernel(state, counts, SHIFT: tl.constexpr, TIES: tl.constexpr):
 
 
 @triton.jit
+def _window_kernel(
+    scores, segments, starts, offsets, lows, rooms, counted, listed, flags, SPAN: tl.constexpr,
+):  # fmt: skip
+    """counted (segments, 2): keys below the window from lows[segment] on, and inside; listed: the latter, as
+
+    (key - low) << 32 | place counted from the segment's end: in the order in which they go, no two alike.
+    """
+    program = tl.program_id(0)
+    segment = tl.load(segments + program)
+    begin = tl.load(offsets + segment)
+    length = (tl.load(offsets + segment + 1) - begin).to(tl.int32)
+    score, at, inside = _load(scores, begin, length, tl.load(starts + program), SPAN)
+    finite = tl.abs(score) < float("inf")  # False for NaN
+    if tl.sum((inside & (finite == 0)).to(tl.int32)) > 0:
+        tl.store(flags, 1)
+    key, low = _key(score), tl.load(lows + segment).to(tl.uint32)
+    near = inside & (key >= low) & (key - low < WINDOW)
+    tl.atomic_add(counted + segment * 2, tl.sum((inside & (key < low)).to(tl.int32)), sem="relaxed")
+    number = tl.sum(near.to(tl.int32))
+    if number > 0:
+        place = tl.atomic_add(counted + segment * 2 + 1, number, sem="relaxed")
+        slot = place + tl.cumsum(near.to(tl.int32), 0) - 1
+        room = tl.load(rooms + segment)
+        fits = near & (slot < tl.load(rooms + segment + 1) - room)
+        entry = ((key - low).to(tl.int64) << 32) | (length - 1 - at).to(tl.int64)
+        tl.store(listed + room + slot, entry, mask=fits)
+
+
+@triton.jit
+def _settle_kernel(state, lows, rooms, counted, listed, flags, CHUNK: tl.constexpr):
+    """Settle a segment whose threshold is listed; else flags[1]."""
+    segment = tl.program_id(0)
+    row = state + segment * STATE
+    if tl.load(row + 3) == 0:
+        room = tl.load(rooms + segment)
+        left = tl.load(row + 1) - tl.load(counted + segment * 2)
+        near = tl.load(counted + segment * 2 + 1)
+        if (left < 1) | (left > near) | (near > tl.load(rooms + segment + 1) - room):
+            tl.store(flags + 1, 1)
+        else:
+            bins, found = tl.arange(0, 256), left * 0
+            for step in tl.static_range(7):
+                shift = 48 - 8 * step
+                count = tl.zeros((256,), tl.int32)
+                for start in range(0, near, CHUNK):
+                    at = start + tl.arange(0, CHUNK)
+                    entry = tl.load(listed + room + at, mask=at < near, other=0)
+                    alike = (at < near) & ((entry >> (shift + 8)) == (found >> (shift + 8)))
+                    count += tl.histogram(((entry >> shift) & 255).to(tl.int32), 256, mask=alike)
+                digit = tl.sum((tl.cumsum(count, 0) < left).to(tl.int32), 0)
+                left -= tl.sum(tl.where(bins < digit, count, 0), 0)
+                found += digit.to(tl.int64) << shift
+            tl.store(row, tl.load(lows + segment) + (found >> 32))
+            tl.store(row + 2, found & 0x7FFFFFFF)
+            tl.store(row + 3, 1)
+
+
+@triton.jit
 def _keep_kernel(scores, segments, starts, offsets, state, keep, SPAN: tl.constexpr):
     program = tl.program_id(0)
     segment = tl.load(segments + program)
@@ -148,37 +217,57 @@ class Segments:
         self.offsets = torch.tensor(offsets, dtype=torch.int64).to(device)
         self.segments = torch.tensor(segments, dtype=torch.int32).to(device)
         self.starts = torch.tensor(starts, dtype=torch.int32).to(device)
+        rooms = itertools.accumulate((min(length, max(4096, length // ROOM)) for length in lengths), initial=0)
+        self.rooms = torch.tensor(list(rooms), dtype=torch.int64).to(device)
+        self.room = int(self.rooms[-1])
+        self.thresholds: Tensor | None = None
+        """Key of each segment's last threshold, (segments,) int64: a guess, which changes the time and no result."""
+        self.settled = 0
+        """Calls in which every threshold lay in the window."""
 
 
-def keep_highest(flat: Tensor, segments: Segments, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+def keep_highest(flat: Tensor, segments: Segments, counts: Sequence[int]) -> tuple[Tensor, bool]:
     """Masks in which exactly counts[i] entries of segment i, those of its lowest scores, are False.
 
-    flat: (segments.total,) float32. Returns the masks, (segments.total,) bool, and a flag (1,) int32 on the device that
-    is not 0 where a score is NaN or infinite and the masks mean nothing. Of equal scores the lower index stays.
+    flat: (segments.total,) float32. Returns the masks, (segments.total,) bool, and whether a score is NaN or infinite,
+    so that they mean nothing. Of equal scores the lower index stays.
     """
     device, number = flat.device, len(segments.lengths)
     begin = [[0, count, 0, 0 if count > 0 else 2] for count in counts]
     state = torch.tensor(begin, dtype=torch.int64).to(device, non_blocking=True)
-    bins = torch.zeros(number * 256, dtype=torch.int32, device=device)
-    bad = torch.zeros(1, dtype=torch.int32, device=device)
     keep = torch.empty(segments.total, dtype=torch.bool, device=device)
-    where = (flat, segments.segments, segments.starts, segments.offsets, state)
+    where = (flat, segments.segments, segments.starts, segments.offsets)
     grid = (len(segments.segments),)
+    flags = torch.zeros(2, dtype=torch.int32, device=device)  # a score is not finite, a segment is not settled
+    if segments.thresholds is not None:
+        lows = (segments.thresholds - WINDOW.value // 2).clamp_(0, 2**32 - WINDOW.value)
+        counted = torch.zeros(number * 2, dtype=torch.int32, device=device)
+        listed = torch.empty(segments.room, dtype=torch.int64, device=device)
+        _window_kernel[grid](*where, lows, segments.rooms, counted, listed, flags, SPAN)
+        _settle_kernel[(number,)](state, lows, segments.rooms, counted, listed, flags, CHUNK)
+        _keep_kernel[grid](*where, state, keep, SPAN)
+        bad, unsettled = flags.tolist()
+        if bad or not unsettled:
+            segments.thresholds = state[:, 0]
+            segments.settled += not bad
+            return keep, bool(bad)
+    bins = torch.zeros(number * 256, dtype=torch.int32, device=device)
     if min(counts, default=1) <= 0:  # a segment that loses nothing is not looked at, and may hold NaN
-        bad |= ~torch.isfinite(flat).all()
+        flags[0] |= ~torch.isfinite(flat).all()
     for ties in (False, True):
         for shift in (24, 16, 8, 0):
-            _count_kernel[grid](*where, bins, bad, shift, ties, SPAN)
+            _count_kernel[grid](*where, state, bins, flags, shift, ties, SPAN)
             _choose_kernel[(number,)](state, bins, shift, ties)
-    _keep_kernel[grid](*where, keep, SPAN)
-    return keep, bad
+    _keep_kernel[grid](*where, state, keep, SPAN)
+    segments.thresholds = state[:, 0]
+    return keep, bool(flags[0])
 
 
 def keep_n_of_m(flat: Tensor, n: int, m: int, *, lost: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """The masks that keep the *n* highest of every *m* consecutive scores; of equal ones the first stays.
 
-    flat: (groups * m,) float32. Returns masks (groups * m,) bool, the flag as of keep_highest, and, if *lost*, the sum
-    of the scores that each group loses, (groups,) float32.
+    flat: (groups * m,) float32. Returns masks (groups * m,) bool, a flag (1,) int32 that is not 0 where a score is not
+    finite, and, if *lost*, the sum of the scores that each group loses, (groups,) float32.
     """
     groups = flat.numel() // m
     padded = 1 << (m - 1).bit_length()

@@ -42,7 +42,7 @@ def prune_lowest_each(scores: Sequence[Tensor], counts: Sequence[int]) -> list[T
     from pst.kernels import selection
 
     keep, bad = selection.keep_highest(_flat(scores), _segments(scores), counts)
-    if bool(bad):
+    if bad:
         raise ValueError(NOT_FINITE)
     return _like(keep, scores)
 

@@ -53,6 +53,10 @@ def cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str
             span = digit | {"SPAN": selection.SPAN}
             yield f"count {shift} {ties}", selection._count_kernel, SEGMENTS | counts | {"bad": "*i32"}, span, {}
             yield f"choose {shift} {ties}", selection._choose_kernel, counts | {"state": INTEGERS}, digit, {}
+    tables = {name: kind for name, kind in SEGMENTS.items() if name != "state"}
+    window = {"lows": INTEGERS, "rooms": INTEGERS, "counted": "*i32", "listed": INTEGERS, "flags": "*i32"}
+    yield "window", selection._window_kernel, tables | window, {"SPAN": selection.SPAN}, {}
+    yield "settle", selection._settle_kernel, {"state": INTEGERS} | window, {"CHUNK": selection.CHUNK}, {}
     yield "keep", selection._keep_kernel, SEGMENTS | {"keep": "*i1"}, {"SPAN": selection.SPAN}, {}
     arguments = {"scores": "*fp32", "keep": "*i1", "lost": "*fp32", "bad": "*i32", "groups": "i32"}
     for n, m, lost in ((2, 4, False), (2, 4, True), (3, 5, True)):

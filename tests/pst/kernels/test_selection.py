@@ -1,6 +1,7 @@
 """Radix selection and N:M against a sort, entry for entry, ties included."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -44,11 +45,50 @@ def test_selection_equals_a_stable_sort(draw: object, share: float, device: torc
     counts = [int(length * share) for length in LENGTHS]
     segments = selection.Segments(LENGTHS, device)
     keep, bad = selection.keep_highest(torch.cat(pieces), segments, counts)
-    assert int(bad) == 0
+    assert not bad
     for mine, piece, count in zip(torch.split(keep, LENGTHS), pieces, counts, strict=True):
         assert int((~mine).sum()) == count
         expected = _keep_by_sort(piece, count) if count else torch.ones_like(piece, dtype=torch.bool)
         assert torch.equal(mine, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "settled"),
+    [
+        (lambda flat: flat, 1),
+        (lambda flat: flat * 1.001 + 1e-4 * torch.randn_like(flat), 1),
+        (lambda flat: flat * 3.0, 0),
+        (lambda flat: -flat, 0),
+        (lambda flat: torch.full_like(flat, float(flat[8193])), 0),  # more ties than are listed
+    ],
+)
+def test_a_second_selection_equals_a_stable_sort(change: Any, settled: int, device: torch.device) -> None:
+    """Around the thresholds of the first, whether they are still near or not."""
+    lengths = [8192, 20000, 70000]
+    flat = torch.cat([normal(length).abs().to(device) for length in lengths])
+    flat[100:104] = flat[100]
+    segments = selection.Segments(lengths, device)
+    counts = [0, 15000, 35000]
+    selection.keep_highest(flat, segments, counts)
+    flat = change(flat)
+    keep, bad = selection.keep_highest(flat, segments, counts)
+    assert not bad
+    assert segments.settled == settled
+    for mine, piece, count in zip(torch.split(keep, lengths), torch.split(flat, lengths), counts, strict=True):
+        assert torch.equal(mine, _keep_by_sort(piece, count) if count else torch.ones_like(mine))
+    flat[3] = math.nan  # where nothing goes
+    _, bad = selection.keep_highest(flat, segments, counts)
+    assert bad
+
+
+def test_ties_at_a_threshold_that_is_near(device: torch.device) -> None:
+    flat = torch.arange(6000.0, device=device)
+    flat[1000:1600] = 1000.0
+    segments = selection.Segments([6000], device)
+    for count in (1300, 1301, 1299):
+        keep, _ = selection.keep_highest(flat, segments, [count])
+        assert torch.equal(keep, _keep_by_sort(flat, count))
+    assert segments.settled == 2
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -57,7 +97,7 @@ def test_what_is_not_finite_is_told(value: float, count: int, device: torch.devi
     flat = torch.randn(20).to(device)
     flat[13] = value
     _, bad = selection.keep_highest(flat, selection.Segments([10, 10], device), [3, count])
-    assert int(bad) != 0
+    assert bad
     _, bad, _ = selection.keep_n_of_m(flat, 2, 4, lost=False)
     assert int(bad) != 0
 
