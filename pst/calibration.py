@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pst.compensation import compensate, input_scale
 from pst.distributed import Processes
-from pst.errors import ModelError
+from pst.errors import ConfigError, ModelError
 from pst.masked_weight import MaskedLowRank, MaskedMagnitude
 from pst.materialize import masked_weights, materialized
 from pst.sparsify import set_sparsity_
@@ -52,7 +52,19 @@ class Calibration:
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, sparsity: float, *, step: int, device: torch.device, group: Processes) -> None:
-        """Begin the stage of *sparsity*. Raises ModelError where scores or inputs are not finite."""
+        """Begin the stage of *sparsity*.
+
+        Raises ConfigError for a method whose weights cannot be calibrated, ModelError where scores or inputs are not
+        finite.
+        """
+        found = [
+            (part, piece, module)
+            for module, attached in masked_weights(model)
+            for part, piece in attached.matrices(cast(Any, module).parametrizations.weight.original)
+            if isinstance(part, MaskedLowRank | MaskedMagnitude)
+        ]
+        if not found:
+            raise ConfigError("calibration is for the methods pst and magnitude; leave it out, or set it to 0.")
         self.level = sparsity
         if sparsity == 0:
             return
@@ -62,12 +74,7 @@ class Calibration:
         share = group.share(sorted(chosen.tolist(), key=lambda row: (lengths[row], row)))
         batches = [list(share[i : i + self.batch_size]) for i in range(0, len(share), self.batch_size)]
         moments = input_moments(model, (self.rows.batch(rows) for rows in batches), device=device, group=group)
-        parts = [
-            (part, piece, moments[module])
-            for module, attached in masked_weights(model)
-            for part, piece in attached.matrices(cast(Any, module).parametrizations.weight.original)
-            if isinstance(part, MaskedLowRank | MaskedMagnitude)
-        ]
+        parts = [(part, piece, moments[module]) for part, piece, module in found]
         for part, piece, H in parts:
             part.fold_(piece)
             part.Q.copy_(input_scale(H))

@@ -79,7 +79,9 @@ class TrainConfig:
     sparsity_cooldown: float | None = field(None, "fraction of the steps after it ends")
 
     calibration: int | None = field(
-        None, "pst: training rows from which each stage of the schedule makes up for what it prunes; 0 = it does not"
+        None,
+        "pst, magnitude: training rows from which each stage of the schedule makes up for what it prunes; "
+        "0 = it does not",
     )
     mask_every: int = field(1, "steps between two choices of the masks; the published method chooses at every step")
 

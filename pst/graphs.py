@@ -68,6 +68,8 @@ class RecordedSteps:
         except RuntimeError as error:
             self.refused = True
             torch.cuda.synchronize()
+            with torch.cuda.graph(torch.cuda.CUDAGraph()):  # a recording that fails leaves the random generator in it
+                torch.zeros(1, device="cuda")
             note(f"Steps run without CUDA graphs, which this model does not allow ({str(error).splitlines()[0]}).")
             return False
         self.graphs[shape] = (graph, inputs, result)

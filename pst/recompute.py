@@ -35,12 +35,15 @@ class _Again:
 
 def _pack(tensor: Tensor) -> Tensor | Callable[[], Tensor]:
     node: Any = tensor.grad_fn
+    kept = (
+        tensor.detach()
+    )  # a node that kept its own output would keep itself, and all before it, where no backward comes
     if node is None or tensor.numel() < SMALLEST:
-        return tensor
+        return kept
     while node is not None and node.name() in _SHAPES:
         node = node.next_functions[0][0]
     if node is None or node.name() != "GeluBackward0" or tensor._version or not tensor.is_contiguous():
-        return tensor
+        return kept
     return _Again(node, tensor.shape)
 
 

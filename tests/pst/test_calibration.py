@@ -13,8 +13,12 @@ from pst.batches import training_rows
 from pst.calibration import Calibration, input_moments
 from pst.compensation import compensate, input_scale
 from pst.distributed import Processes
+from pst.errors import ConfigError
 from pst.importance import updated_weight
 from pst.materialize import masked_weights
+from pst.methods import Method
+from pst.methods.magnitude import Magnitude
+from pst.methods.pst import PST
 from pst.patterns import parse_pattern
 from pst.sparsify import prunable_weights, set_sparsity_, sparsify_
 from pst.tasks import prepare
@@ -79,18 +83,22 @@ def test_moments_are_those_of_the_real_tokens(base: str, request: pytest.Fixture
 
 
 @pytest.mark.parametrize(("base", "pattern"), [("tiny_bert", "unstructured"), ("tiny_gpt2", "2:4")])
-def test_a_stage(base: str, pattern: str, request: pytest.FixtureRequest, reviews_file: Path) -> None:
-    """Fold, scale, choose, compensate: against the four written out."""
+@pytest.mark.parametrize("method", [PST(), Magnitude()])
+def test_a_stage(method: Method, base: str, pattern: str, request: pytest.FixtureRequest, reviews_file: Path) -> None:
+    """Fold what there is to fold, scale, choose, compensate: against the four written out."""
     prepared = prepare(options(request.getfixturevalue(base), reviews_file).filled())
     model, rows = prepared.model, prepared.train
-    sparsify_(model, pattern=pattern)
+    sparsify_(model, method=method, pattern=pattern)
     generator = torch.Generator().manual_seed(0)
     before = {}
     for module, attached in masked_weights(model):
         for part, piece in attached.matrices(original(module)):
             low: Any = part
-            low.V.data = 0.05 * torch.randn(low.V.shape, generator=generator)
-            before[part] = updated_weight(part.by_row(piece.detach()), low.U, low.V, 1.0).clone(), module
+            W = part.by_row(piece.detach())
+            if isinstance(method, PST):
+                low.V.data = 0.05 * torch.randn(low.V.shape, generator=generator)
+                W = updated_weight(W, low.U, low.V, 1.0)
+            before[part] = W.clone(), module
     everything = [rows.batch(list(range(start, min(start + 16, len(rows))))) for start in range(0, len(rows), 16)]
     expected = input_moments(model, everything, device=CPU, group=Processes())
     calibration = stages(rows=rows, count=1000, batch_size=16, final=0.5)
@@ -101,8 +109,14 @@ def test_a_stage(base: str, pattern: str, request: pytest.FixtureRequest, review
             mask = parse_pattern(pattern).mask(W.abs() * input_scale(H), 0.5, axis=1)
             assert (part.mask != mask).float().mean() < 0.01  # H was summed in another order of rows
             torch.testing.assert_close(part.by_row(piece), compensate(W, H, part.mask), rtol=1e-2, atol=1e-3)
-            assert int(torch.count_nonzero(part.V)) == 0  # type: ignore[arg-type]
+            if isinstance(method, PST):
+                assert int(torch.count_nonzero(part.V)) == 0  # type: ignore[arg-type]
             assert torch.equal(part.by_row(piece) != 0, part.mask)
+
+
+def test_methods_that_cannot_are_told(tiny_bert: Path, reviews_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="calibration is for the methods pst and magnitude"):
+        train(options(tiny_bert, reviews_file, method="movement", sparsity=0.7, calibration=8), tmp_path / "out")
 
 
 def test_the_output_keeps_nearer(tiny_bert: Path, reviews_file: Path) -> None:

@@ -1,6 +1,7 @@
 """What is made again is what would have been kept, to the bit, and less is kept."""
 
 import contextlib
+import weakref
 from typing import Any
 
 import pytest
@@ -74,10 +75,37 @@ def test_the_output_of_gelu_is_not_kept() -> None:
 
 
 def test_small_tensors_and_other_activations_are_kept() -> None:
-    assert recompute._pack(F.gelu(torch.randn(8, requires_grad=True))) is not None
     small = F.gelu(torch.randn(8, requires_grad=True))
-    assert recompute._pack(small) is small
     other = torch.relu(torch.randn(2**16, requires_grad=True))
-    assert recompute._pack(other) is other
     cut = F.gelu(torch.randn(2**17, requires_grad=True))[: 2**16]
-    assert recompute._pack(cut) is cut
+    for tensor in (small, other, cut):
+        kept = recompute._pack(tensor)
+        assert isinstance(kept, Tensor)
+        assert kept.data_ptr() == tensor.data_ptr()
+        assert kept.shape == tensor.shape
+
+
+def test_what_no_backward_pass_uses_is_freed() -> None:
+    """As a model's own loss beside the one that is trained on: exp keeps its output."""
+
+    class Token:
+        pass
+
+    class Watched(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, X: Tensor, token: Token) -> Tensor:
+            ctx.token = token
+            return X.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+            return grads[0], None
+
+    token = Token()
+    watched = weakref.ref(token)
+    with recomputed_activations():
+        Y = Watched.apply(torch.randn(8, requires_grad=True), token).exp()  # type: ignore[no-untyped-call]
+    del token
+    assert watched() is not None
+    del Y
+    assert watched() is None
