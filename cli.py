@@ -378,11 +378,15 @@ def bench(
     engine: EngineName = "auto",
     data: DataOption = None,
     sets: DataSets = None,
+    receipt: Annotated[
+        bool, typer.Option("--receipt/--no-receipt", help="Also time each layer, and say why its zeros save nothing.")
+    ] = True,
     overwrite: Overwrite = False,
 ) -> None:
     """Measure latency, several artifacts in turn in one process: p50, p90, p99, mean, throughput, and the ratio.
 
-    Writes report.json and report.md. With --data, real texts are measured too, and the accuracy stands beside.
+    Writes report.json, report.md and report.html. With --data, real texts are measured too, and the accuracy stands
+    beside. The receipt tells of every layer which kernel ran, for how long, and why it was not a sparse one.
     """
     from serve.bench.runner import bench as run
     from serve.bench.workload import parse_shapes
@@ -398,6 +402,7 @@ def bench(
         command=shlex.join(["pst", *sys.argv[1:]]),
         engine=engine,
         budget_s=budget,
+        receipt=receipt,
         overwrite=overwrite,
     )
     _show(report.render())

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from pst.files import write_json
+from serve.bench.html import page
+from serve.bench.receipt import Receipt
+from serve.bench.receipt_text import receipt_table, summary
 from serve.bench.timing import EQUAL_WITHIN, Latency, Speedup
 
 SCHEMA_VERSION = 1
@@ -78,6 +81,8 @@ class Report:
     environment: dict[str, Any]
     subjects: tuple[Subject, ...]
     measurements: tuple[Measurement, ...]
+    receipts: tuple[Receipt, ...] = ()
+    """Of each artifact and shape whose layers the engine could tell apart."""
 
     def of(self, subject: str) -> list[Measurement]:
         """One artifact's measurements, in the workloads' order."""
@@ -108,11 +113,13 @@ class Report:
                 for entry in self.measurements
             ],
             "verdicts": self.verdicts(),
+            "receipts": [receipt.to_json() for receipt in self.receipts],
         }
 
     def write(self, folder: Path) -> None:
-        """Write report.json and report.md into an existing folder."""
+        """Write report.json, report.md and report.html into an existing folder."""
         write_json(folder / "report.json", self.to_json())
+        (folder / "report.html").write_text(page(self.to_json(), machine=_machine(self.environment)), encoding="utf-8")
         (folder / "report.md").write_text(self.to_markdown(), encoding="utf-8")
 
     def to_markdown(self) -> str:
@@ -121,6 +128,9 @@ class Report:
         lines += [line for sentence in self.verdicts() for line in (sentence, "")]
         lines += ["## Artifacts", "", *_markdown_table(*_artifact_table(self)), ""]
         lines += ["## Latency", "", *_markdown_table(*_latency_table(self)), "", METHOD, ""]
+        for receipt in self.receipts:
+            lines += [f"## Receipt of {receipt.artifact} at {receipt.workload}", "", summary(receipt), ""]
+            lines += [*_markdown_table(*receipt_table(receipt)), ""]
         lines += ["## Machine", "", *(f"- {name}: {value}" for name, value in _machine(self.environment)), ""]
         return "\n".join(lines)
 
@@ -133,14 +143,16 @@ class Report:
         terminal = sys.stdout.isatty()
         width = shutil.get_terminal_size((140, 24)).columns if terminal else 140
         console = Console(file=stream, width=width, force_terminal=terminal, highlight=False)
-        for header, rows in (_artifact_table(self), _latency_table(self)):
+        last = self.receipts[-1:] if self.subjects[-1].is_sparse else ()
+        for header, rows in (_artifact_table(self), _latency_table(self), *map(receipt_table, last)):
             table = Table()
             for index, title in enumerate(header):
                 table.add_column(title, justify="left" if index < 2 else "right")
             for row in rows:
                 table.add_row(*row)
             console.print(table)
-        for sentence in self.verdicts():
+        said = [f"The receipt above is that of {each.artifact} at {each.workload}. {summary(each)}" for each in last]
+        for sentence in (*said, *self.verdicts()):
             console.print(sentence, markup=False, soft_wrap=not terminal)
         return stream.getvalue().rstrip("\n")
 

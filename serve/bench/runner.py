@@ -4,11 +4,14 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from export import manifest
+from export.manifest import FILE_NAME, Manifest
 from pst.data import DataSpec, load_whole
 from pst.errors import ArtifactError, ConfigError
 from pst.files import atomic_folder, refuse_existing, resolve_model
 from pst.progress import progress
 from serve.bench.environment import environment
+from serve.bench.receipt import receipts
 from serve.bench.report import Accuracy, Measurement, Report, Subject
 from serve.bench.timing import Latency, compare, measure_in_turn
 from serve.bench.workload import Shape, Workload, check_shapes, random_workload, text_workload
@@ -30,13 +33,15 @@ def bench(
     command: str = "",
     engine: str = "auto",
     budget_s: float = 120.0,
+    receipt: bool = True,
     overwrite: bool = False,
 ) -> Report:
     """Measure artifact folders, bare .onnx files or model folders against the first of them, the baseline.
 
     *shapes*: batch x sequence. *warmup* and *runs*: inferences per artifact and shape; *budget_s*: seconds after which
     a shape stops early. *data*: also time real texts one by one, and give every artifact's accuracy.
-    Writes report.json and report.md to the folder *output*.
+    *receipt*: also profile each layer at each shape, where the engine can (serve/bench/receipt.py).
+    Writes report.json, report.md and report.html to the folder *output*.
 
     Raises ConfigError, RunError where *output* is in the way, and what describe, open_engine and evaluate raise.
     """
@@ -60,7 +65,8 @@ def bench(
         check_shapes(shapes, {name: opened.max_length for name, opened in engines.items()})
         workloads = _workloads(shapes, names, folders, data)
         measurements = _measure(engines, workloads, warmup=warmup, runs=runs, budget_s=budget_s)
-    report = Report(environment=machine, subjects=tuple(subjects), measurements=measurements)
+        found = receipts(engines, _manifests(names), workloads) if receipt else ()
+    report = Report(environment=machine, subjects=tuple(subjects), measurements=measurements, receipts=found)
     with atomic_folder(output, overwrite=overwrite) as folder:
         report.write(folder)
     return report
@@ -85,6 +91,11 @@ def _describe(path: Path) -> ModelFolder | None:
     if path.is_file() or (not described and (path / "model.onnx").is_file()):
         return None
     return describe(path, verify=True)
+
+
+def _manifests(names: Mapping[str, Path]) -> dict[str, Manifest]:
+    """What export.json says, of the artifacts that have one."""
+    return {name: manifest.load(path, verify=False) for name, path in names.items() if (path / FILE_NAME).is_file()}
 
 
 def _subject(

@@ -10,11 +10,11 @@ engine's name is the variant: ``onnxruntime-cuda`` opens ``onnxruntime.py`` with
 import importlib
 import os
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self, cast
+from typing import Protocol, Self, cast, runtime_checkable
 
 import numpy as np
 
@@ -31,6 +31,18 @@ class TensorSpec:
     name: str
     dtype: str
     shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerTime:
+    """One node of the graph that a runtime made, as it ran."""
+
+    node: str
+    operator: str
+    """The runtime's own name of the kernel's operator: MatMul, FusedGemm, QLinearMatMul ..."""
+    time_ms: float
+    weights: tuple[str, ...]
+    """Initializers of the model's file that it computes with; empty for attention's products, norms and the like."""
 
 
 class Engine(Protocol):
@@ -60,6 +72,27 @@ class Engine(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+
+class Profiler(Protocol):
+    """Inferences of one model of which the runtime tells the time of every layer."""
+
+    def run(self, feeds: Mapping[str, Array]) -> None:
+        """One inference."""
+        ...
+
+    def finish(self, *, weights: Iterable[str]) -> tuple[LayerTime, ...]:
+        """The median time of each node, the first inferences left out. *weights*: initializers to look for."""
+        ...
+
+
+@runtime_checkable
+class ProfilingEngine(Engine, Protocol):
+    """An engine whose runtime can tell the time of every layer."""
+
+    def profiler(self) -> Profiler:
+        """The same model, opened once more with the runtime's profiler on. Raises EngineError where that cannot be."""
+        ...
 
 
 class _EngineModule(Protocol):

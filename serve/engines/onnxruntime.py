@@ -17,7 +17,7 @@ import numpy as np
 
 from pst.errors import ArtifactError, EngineError
 from serve.describe import max_positions
-from serve.engines import Array, TensorSpec, check_feeds
+from serve.engines import Array, Profiler, TensorSpec, check_feeds
 
 DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")
 CUDA = "CUDAExecutionProvider"
@@ -81,6 +81,7 @@ class OnnxRuntimeEngine:
         # Otherwise idle threads spin for a while after an inference, and take the CPU from whoever runs next.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         start = time.perf_counter()
+        self._runtime, self._file, self._asked = runtime, file, providers
         self._session: Any = _open_session(runtime, file, options, providers)
         self.load_ms = (time.perf_counter() - start) * 1000
         used = self._session.get_providers()[0]
@@ -106,6 +107,14 @@ class OnnxRuntimeEngine:
         except Exception as error:  # the runtime's exceptions have no common base but this
             raise EngineError(f"ONNX Runtime failed to run the model: {_first_line(error)}.") from error
         return dict(zip(names, values, strict=True))
+
+    def profiler(self) -> Profiler:
+        """See ProfilingEngine; on the CPU alone, because CUDA's kernels run on after their node has ended."""
+        if self.name.endswith("cuda"):
+            raise EngineError("ONNX Runtime does not tell the time of its CUDA kernels.")
+        from serve.engines._onnxruntime_profile import OnnxRuntimeProfiler
+
+        return OnnxRuntimeProfiler(self._runtime, self._file, threads=self.threads, providers=self._asked)
 
     def close(self) -> None:
         """Drop the session and its memory."""

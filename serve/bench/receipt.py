@@ -1,0 +1,208 @@
+"""The receipt: where the sparsity of each layer went. Which kernel ran, in what time, and why zeros saved none.
+
+Weights are those that an artifact's export.json lists, under the names of their PyTorch parameters, so that the rows of
+a dense and of a sparse artifact stand side by side.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from export.manifest import Manifest, WeightInfo
+from pst.errors import EngineError
+from pst.progress import note, progress
+from serve.bench.workload import Workload
+from serve.engines import Engine, LayerTime, ProfilingEngine
+
+RUNS = 12
+"""Profiled inferences of each artifact; each layer's median counts."""
+SPARSE_BELOW = 0.95
+"""Density from which on down a weight counts as sparse."""
+DENSE = "there are no zeros to speak of"
+REMOVED = "{now} is left of {before}: removed, not zero, so that every runtime saves it"
+UNSEEN = "the runtime's optimizer merged it into another tensor, so that its time cannot be told apart"
+MULTIPLIED = "ONNX Runtime has no sparse kernel for {operator}: it multiplies zeros like any other number"
+ADVICE = {
+    "2:4": "a GPU's 2:4 kernels (TensorRT with a 1x1 convolution, cuSPARSELt), at sizes where they pay",
+    None: "remove whole heads and neurons (--pattern structured), which is faster on every runtime",
+}
+"""What to change, by pattern; None is for every other one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """One weight as it ran."""
+
+    weight: str
+    """Name of the PyTorch parameter."""
+    shape: tuple[int, ...]
+    """As the file stores it."""
+    pattern: str
+    density: float
+    """Fraction of non-zeros."""
+    operator: str | None
+    """What the runtime ran; None where no node can be told to be this weight's."""
+    time_ms: float | None
+    baseline_ms: float | None
+    """The same weight's time in the baseline, where that has it."""
+    sparse_kernel: bool
+    why: str
+    """Why there is no sparse kernel."""
+    advice: str
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether it has zeros that a kernel could have used."""
+        return self.density < SPARSE_BELOW
+
+
+@dataclass(frozen=True, kw_only=True)
+class Receipt:
+    """All weights of one artifact on one workload."""
+
+    artifact: str
+    workload: str
+    total_ms: float
+    """All nodes together, with the profiler on; a little more than an inference without it."""
+    layers: tuple[Layer, ...]
+
+    @property
+    def layers_ms(self) -> float:
+        """The time of the layers that could be told apart."""
+        return sum(layer.time_ms or 0.0 for layer in self.layers)
+
+    @property
+    def limit(self) -> float:
+        """Total over what is left without these layers: no sparse kernel could make the model faster than that."""
+        rest = self.total_ms - self.layers_ms
+        return self.total_ms / rest if rest > 0 else float("inf")
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {**asdict(self), "layers_ms": self.layers_ms, "limit": self.limit}
+
+
+def receipts(
+    engines: Mapping[str, Engine], manifests: Mapping[str, Manifest], workloads: Sequence[Workload]
+) -> tuple[Receipt, ...]:
+    """A receipt for each artifact that has a manifest and whose engine tells times, on each workload of one shape.
+
+    They run in turn, as for the latency. The first artifact is the baseline, whose times stand beside the others'. What
+    cannot be had is said in a note.
+    """
+    told = {
+        name: engine for name, engine in engines.items() if name in manifests and isinstance(engine, ProfilingEngine)
+    }
+    fixed = [workload for workload in workloads if workload.sequence is not None] if told else []
+    found: list[Receipt] = []
+    with progress("profile layers", len(fixed)) as advance:
+        for workload in fixed:
+            try:
+                ran = _profile(told, manifests, workload)
+            except EngineError as error:
+                note(f"No receipt: {error}")
+                return tuple(found)
+            before: dict[str, Layer] = {}
+            for name, times in ran.items():
+                layers = _layers(manifests[name], times, before)
+                if name == next(iter(engines)):
+                    before = {layer.weight: layer for layer in layers}
+                total = sum(each.time_ms for each in times)
+                found.append(Receipt(artifact=name, workload=workload.name, total_ms=total, layers=layers))
+            advance(1, workload.name)
+    return tuple(found)
+
+
+def _profile(
+    engines: Mapping[str, ProfilingEngine], manifests: Mapping[str, Manifest], workload: Workload
+) -> dict[str, tuple[LayerTime, ...]]:
+    profilers = {name: engine.profiler() for name, engine in engines.items()}
+    for _ in range(RUNS):
+        for name, profiler in profilers.items():
+            profiler.run(workload.select(0, engines[name].inputs))
+    return {
+        name: profiler.finish(weights=[weight.initializer for weight in manifests[name].weights])
+        for name, profiler in profilers.items()
+    }
+
+
+def _layers(manifest: Manifest, ran: Sequence[LayerTime], baseline: Mapping[str, Layer]) -> tuple[Layer, ...]:
+    places: dict[str, LayerTime] = {weight: each for each in ran for weight in each.weights}
+    layers = []
+    for weight in manifest.weights:
+        place = places.get(weight.initializer)
+        shared = place is not None and len(place.weights) > 1
+        sparse = weight.density < SPARSE_BELOW
+        pattern = manifest.pattern if sparse else "dense"
+        before = baseline.get(weight.name)
+        layers.append(
+            Layer(
+                weight=weight.name,
+                shape=tuple(weight.shape),
+                pattern=pattern,
+                density=weight.density,
+                operator=None if place is None else place.operator,
+                time_ms=None if place is None or shared else place.time_ms,
+                baseline_ms=None if before is None else before.time_ms,
+                sparse_kernel=False,
+                why=_why(weight, place, before, sparse=sparse),
+                advice=ADVICE.get(pattern, ADVICE[None]) if sparse else "",
+            )
+        )
+    return tuple(layers)
+
+
+def _why(weight: WeightInfo, place: LayerTime | None, before: Layer | None, *, sparse: bool) -> str:
+    if sparse:
+        return UNSEEN if place is None else MULTIPLIED.format(operator=place.operator)
+    if before is not None and math.prod(weight.shape) < math.prod(before.shape):
+        return REMOVED.format(now=size(weight.shape), before=size(before.shape))
+    return DENSE
+
+
+def size(shape: tuple[int, ...]) -> str:
+    """768 x 3072."""
+    return " x ".join(map(str, shape))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Layers of one kind, such as the intermediate weight of every block."""
+
+    name: str
+    """The weights' name with * for numbers."""
+    layers: tuple[Layer, ...]
+
+    @property
+    def time_ms(self) -> float | None:
+        """Of all layers; None where one is unknown."""
+        times = [layer.time_ms for layer in self.layers]
+        return None if None in times else sum(time for time in times if time is not None)
+
+    @property
+    def baseline_ms(self) -> float | None:
+        """The same of the baseline."""
+        times = [layer.baseline_ms for layer in self.layers]
+        return None if None in times else sum(time for time in times if time is not None)
+
+    @property
+    def density(self) -> float:
+        """Mean over the layers."""
+        return sum(layer.density for layer in self.layers) / len(self.layers)
+
+    def distinct(self, field: str) -> str:
+        """The values of a field of the layers, each once."""
+        values = (getattr(layer, field) for layer in self.layers)
+        return ", ".join(
+            dict.fromkeys(size(value) if field == "shape" else str(value or "unknown") for value in values)
+        )
+
+
+def groups(receipt: Receipt) -> list[Group]:
+    """The layers by kind, in the order of the graph."""
+    found: dict[str, list[Layer]] = {}
+    for layer in receipt.layers:
+        found.setdefault(re.sub(r"\d+", "*", layer.weight), []).append(layer)
+    return [Group(name=name, layers=tuple(layers)) for name, layers in found.items()]

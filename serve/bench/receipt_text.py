@@ -1,0 +1,44 @@
+"""A receipt for people: its layers by kind as a table, and what follows from it in sentences."""
+
+import itertools
+
+from serve.bench.receipt import Receipt, groups
+
+
+def receipt_table(receipt: Receipt) -> tuple[list[str], list[list[str]]]:
+    """The layers by kind; what all names begin with is left out."""
+    header = ["weights", "runs as", "pattern", "density", "shape", "ms", "baseline ms", "share"]
+    found = groups(receipt)
+    names = [group.name.split(".") for group in found]
+    common = sum(1 for _ in itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*names, strict=False)))
+    rows = []
+    for group, parts in zip(found, names, strict=True):
+        time, short = group.time_ms, ".".join(parts[common:] or parts)
+        rows.append(
+            [
+                f"{len(group.layers)} x {short}",
+                group.distinct("operator"),
+                group.distinct("pattern"),
+                f"{group.density:.1%}",
+                group.distinct("shape"),
+                "unknown" if time is None else f"{time:.3f}",
+                "" if group.baseline_ms is None else f"{group.baseline_ms:.3f}",
+                "" if time is None else f"{time / receipt.total_ms:.1%}",
+            ]
+        )
+    return header, rows
+
+
+def summary(receipt: Receipt) -> str:
+    """How much of the time is in these layers, why zeros saved none of it, and what would."""
+    share = receipt.layers_ms / receipt.total_ms
+    sentences = [
+        f"These layers take {receipt.layers_ms:.2f} of {receipt.total_ms:.2f} ms ({share:.0%}); if they took no time, "
+        f"the model would be {receipt.limit:.1f}× as fast."
+    ]
+    saving = [layer for layer in receipt.layers if not layer.sparse_kernel]
+    sentences += [f"{why}." for why in dict.fromkeys(layer.why for layer in saving if layer.is_sparse)]
+    sentences += [
+        f"What would use these zeros: {each}." for each in dict.fromkeys(x.advice for x in saving if x.advice)
+    ]
+    return " ".join(sentence[0].upper() + sentence[1:] for sentence in sentences)

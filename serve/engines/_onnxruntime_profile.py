@@ -1,0 +1,110 @@
+"""Which node of ONNX Runtime's optimized graph computes which weight, and in what time.
+
+A second session of the same model runs with the profiler on and writes down the graph that it made. A weight is looked
+for in that graph by its name; where an optimizer renamed it (packed for another layout, quantized), by the name of the
+node that used it in the file.
+"""
+
+import json
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from pst.errors import EngineError
+from serve.engines import Array, LayerTime
+
+WARMUP = 2
+"""Inferences that do not count: the first ones allocate."""
+_SUFFIX = "_kernel_time"
+_FORMS = {"Cast", "DequantizeLinear", "Identity", "QuantizeLinear", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
+
+
+class OnnxRuntimeProfiler:
+    """See serve.engines.Profiler."""
+
+    def __init__(self, runtime: Any, file: Path, *, threads: int, providers: Sequence[str]) -> None:
+        """Open *file* once more. Raises EngineError where onnx is not installed, or the runtime refuses."""
+        self._onnx, self._file, self._runs = _onnx(), file, 0
+        self._folder = tempfile.TemporaryDirectory()
+        self._optimized = Path(self._folder.name) / "optimized.onnx"
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 4
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        options.enable_profiling = True
+        options.profile_file_prefix = str(Path(self._folder.name) / "profile")
+        options.optimized_model_filepath = str(self._optimized)
+        try:
+            self._session = runtime.InferenceSession(str(file), options, providers=list(providers))
+        except Exception as error:  # the runtime's exceptions have no common base but this
+            self._folder.cleanup()
+            raise EngineError(f"ONNX Runtime cannot profile {file}: {str(error).strip().splitlines()[0]}.") from error
+
+    def run(self, feeds: Mapping[str, Array]) -> None:
+        """See Profiler."""
+        self._session.run(None, dict(feeds))
+        self._runs += 1
+
+    def finish(self, *, weights: Iterable[str]) -> tuple[LayerTime, ...]:
+        """See Profiler."""
+        with self._folder:
+            events = json.loads(Path(self._session.end_profiling()).read_text(encoding="utf-8"))
+            graph = self._onnx.load(str(self._optimized), load_external_data=False).graph
+        times: dict[str, list[float]] = defaultdict(list)
+        operators = {}
+        for event in events:
+            if event.get("cat") == "Node" and event["name"].endswith(_SUFFIX):
+                node = event["name"].removesuffix(_SUFFIX)
+                times[node].append(event["dur"] / 1000)
+                operators[node] = event["args"]["op_name"]
+        where = _places(graph, self._onnx.load(str(self._file), load_external_data=False).graph, weights)
+        return tuple(
+            LayerTime(
+                node=node, operator=operators[node], time_ms=self._per_run(found), weights=tuple(where.get(node, ()))
+            )
+            for node, found in times.items()
+        )
+
+    def _per_run(self, found: list[float]) -> float:
+        """The median inference's; a node that runs several times in one, in a loop, counts with all of them."""
+        each = max(1, len(found) // self._runs)
+        sums = [sum(found[start : start + each]) for start in range(0, len(found), each)]
+        return median(sums[min(WARMUP, len(sums) - 1) :])
+
+
+def _onnx() -> Any:
+    try:
+        import onnx
+    except ImportError as error:
+        raise EngineError("onnx is needed to tell layers apart; install it with: pip install onnx.") from error
+    return onnx
+
+
+def _places(optimized: Any, original: Any, weights: Iterable[str]) -> dict[str, list[str]]:
+    """The weights that each node of *optimized* computes with."""
+    readers: dict[str, list[Any]] = defaultdict(list)
+    for node in original.node:
+        for name in node.input:
+            readers[name].append(node)
+    inside = {node.name: set(node.input) for node in optimized.node}
+    found: dict[str, list[str]] = defaultdict(list)
+    for weight in weights:
+        nodes = [node for node, inputs in inside.items() if weight in inputs]
+        for node in nodes or [name for name in _computing(weight, readers) if name in inside]:
+            found[node].append(weight)
+    return found
+
+
+def _computing(tensor: str, readers: Mapping[str, list[Any]]) -> list[str]:
+    """Names of the nodes that compute with *tensor*, past those that only change its form."""
+    found = []
+    for node in readers.get(tensor, ()):
+        if node.op_type in _FORMS:
+            found += [name for output in node.output for name in _computing(output, readers)]
+        else:
+            found.append(node.name)
+    return found

@@ -1,0 +1,167 @@
+"""Receipts: of real sessions, of graphs that an optimizer changes, and of what cannot be told."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from export import manifest
+from export.manifest import WeightInfo
+from pst.errors import EngineError
+from serve.bench.receipt import Receipt, _layers, groups, receipts
+from serve.bench.receipt_text import receipt_table, summary
+from serve.bench.workload import random_workload
+from serve.engines import Array, LayerTime, open_engine
+from serve.engines.onnxruntime import OnnxRuntimeEngine
+
+WORKLOAD = random_workload((2, 8), vocab_size=20)
+
+
+@pytest.fixture(scope="module")
+def found(bert_artifact: Path, sparse_artifact: Path) -> tuple[Receipt, ...]:
+    paths = {"dense": bert_artifact, "sparse": sparse_artifact}
+    engines = {name: open_engine(path, threads=1) for name, path in paths.items()}
+    made = receipts(engines, {name: manifest.load(path, verify=False) for name, path in paths.items()}, [WORKLOAD])
+    for engine in engines.values():
+        engine.close()
+    return made
+
+
+def test_every_weight_of_the_manifest_has_its_kernel(found: tuple[Receipt, ...], sparse_artifact: Path) -> None:
+    dense, sparse = found
+    assert (dense.artifact, sparse.artifact, sparse.workload) == ("dense", "sparse", "2x8")
+    listed = manifest.load(sparse_artifact, verify=False).weights
+    assert [layer.weight for layer in sparse.layers] == [weight.name for weight in listed]
+    for layer, weight in zip(sparse.layers, listed, strict=True):
+        assert layer.operator in ("MatMul", "Gemm", "FusedGemm")
+        assert layer.time_ms is not None
+        assert layer.time_ms > 0
+        assert layer.density == weight.density
+        assert layer.pattern == "2:4"
+        assert not layer.sparse_kernel
+        assert (
+            layer.why
+            == f"ONNX Runtime has no sparse kernel for {layer.operator}: it multiplies zeros like any other number"
+        )
+        assert "cuSPARSELt" in layer.advice
+    assert 0 < sparse.layers_ms < sparse.total_ms
+    assert sparse.limit == pytest.approx(sparse.total_ms / (sparse.total_ms - sparse.layers_ms))
+
+
+def test_the_baseline_stands_beside(found: tuple[Receipt, ...]) -> None:
+    dense, sparse = found
+    times = {layer.weight: layer.time_ms for layer in dense.layers}
+    assert all(layer.baseline_ms == times[layer.weight] for layer in sparse.layers)
+    assert {layer.why for layer in dense.layers} == {"there are no zeros to speak of"}
+    assert {layer.baseline_ms for layer in dense.layers} == {None}
+    assert {layer.advice for layer in dense.layers} == {""}
+
+
+def test_layers_of_a_kind_are_one_row(found: tuple[Receipt, ...]) -> None:
+    kinds = groups(found[1])
+    assert [len(kind.layers) for kind in kinds] == [2] * 6  # a tiny BERT of two layers
+    header, rows = receipt_table(found[1])
+    assert rows[0][0] == "2 x attention.self.query.weight"
+    share = sum(float(row[header.index("share")].rstrip("%")) for row in rows) / 100
+    assert share == pytest.approx(found[1].layers_ms / found[1].total_ms, abs=0.01)
+    text = summary(found[1])
+    assert "ONNX Runtime has no sparse kernel" in text
+    assert "What would use these zeros: a GPU's 2:4 kernels" in text
+
+
+def save(path: Path, nodes: list[Any], weights: Mapping[str, Array]) -> Path:
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 4, 64])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(value, name) for name, value in weights.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, str(path))
+    return path
+
+
+@pytest.mark.parametrize("form", ["plain", "transposed", "dequantized"])
+def test_a_weight_is_found_behind_what_only_changes_its_form(form: str, tmp_path: Path) -> None:
+    """ONNX Runtime folds the transposed one, and keeps neither its name nor its shape."""
+    W: Array = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
+    weights: dict[str, Array] = {"W": W}
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["h"], name="product"),
+        helper.make_node("Relu", ["h"], ["y"], name="r"),
+    ]
+    if form == "plain":
+        nodes[0].input[1] = "W"
+    elif form == "transposed":
+        nodes.insert(0, helper.make_node("Transpose", ["W"], ["w"], name="t", perm=[1, 0]))
+    else:
+        weights = {"W": np.round(10 * W).astype(np.int8), "s": np.array(0.1, np.float32)}
+        nodes.insert(0, helper.make_node("DequantizeLinear", ["W", "s"], ["w"], name="d"))
+    with OnnxRuntimeEngine(save(tmp_path / "m.onnx", nodes, weights), variant="cpu", threads=1) as engine:
+        profiler = engine.profiler()
+        for _ in range(4):
+            profiler.run({"x": np.ones((2, 4, 64), np.float32)})
+        times = profiler.finish(weights=["W", "unused"])
+    placed = [each for each in times if each.weights]
+    assert [each.weights for each in placed] == [("W",)]
+    assert "MatMul" in placed[0].operator
+    assert placed[0].time_ms > 0
+
+
+def info(name: str, *, shape: tuple[int, int] = (8, 8), density: float = 1.0) -> WeightInfo:
+    return WeightInfo(name=name, initializer=name, shape=shape, axis=0, density=density)
+
+
+def ran(*weights: str, time: float = 1.0) -> LayerTime:
+    return LayerTime(node="n", operator="MatMul", time_ms=time, weights=weights)
+
+
+def test_what_was_removed_is_not_called_dense(bert_artifact: Path) -> None:
+    made = manifest.load(bert_artifact, verify=False)
+    before = _layers(replace(made, info("a"), info("b")), [ran("a"), ran("b")], {})
+    after = _layers(replace(made, info("a", shape=(8, 4)), info("b")), [ran("a", time=0.5), ran("b")], by_name(before))
+    assert after[0].why == "8 x 4 is left of 8 x 8: removed, not zero, so that every runtime saves it"
+    assert (after[0].baseline_ms, after[0].time_ms) == (1.0, 0.5)
+    assert after[1].why == "there are no zeros to speak of"
+
+
+def test_what_is_merged_has_no_time_of_its_own(bert_artifact: Path) -> None:
+    made = manifest.load(bert_artifact, verify=False)
+    layers = _layers(
+        replace(made, info("q", density=0.5), info("k", density=0.5), info("gone", density=0.5)), [ran("q", "k")], {}
+    )
+    assert [layer.time_ms for layer in layers] == [None, None, None]
+    assert [layer.operator for layer in layers] == ["MatMul", "MatMul", None]
+    assert "cannot be told apart" in layers[2].why
+    assert "structured" in layers[2].advice
+
+
+def by_name(layers: Iterable[Any]) -> dict[str, Any]:
+    return {layer.weight: layer for layer in layers}
+
+
+def replace(made: manifest.Manifest, *weights: WeightInfo) -> manifest.Manifest:
+    import dataclasses
+
+    return dataclasses.replace(made, weights=weights, pattern="unstructured")
+
+
+def test_an_engine_that_does_not_tell_gets_none(
+    bert_artifact: Path, tiny_bert: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = {"a": manifest.load(bert_artifact, verify=False)}
+    with open_engine(tiny_bert, engine="torch-cpu", threads=1) as engine:
+        assert receipts({"a": engine}, made, [WORKLOAD]) == ()
+
+    def refuse(self: Any) -> Any:
+        raise EngineError("It does not.")
+
+    monkeypatch.setattr(OnnxRuntimeEngine, "profiler", refuse)
+    with open_engine(bert_artifact, threads=1) as engine:
+        assert receipts({"a": engine}, made, [WORKLOAD]) == ()
+    assert "No receipt: It does not." in capsys.readouterr().err
