@@ -318,7 +318,8 @@ def export(
         atol=atol,
         rtol=rtol,
     )
-    _show(f"{output}: {manifest.pattern}, {manifest.sparsity['measured']:.1%} zeros, opset {manifest.opset}")
+    share = "removed" if manifest.pattern == "structured" else "zeros"
+    _show(f"{output}: {manifest.pattern}, {manifest.sparsity['measured']:.1%} {share}, opset {manifest.opset}")
 
 
 def _data_spec(data: str | None, sets: Sequence[str] | None) -> Any:

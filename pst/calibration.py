@@ -29,6 +29,10 @@ STEP = 0.2
 """Share of the remaining weights that a stage removes, at least."""
 
 
+Calibrated = tuple[MaskedLowRank, Tensor, Tensor]
+"""A masked matrix, its original as stored, and H of its inputs."""
+
+
 @dataclass(kw_only=True)
 class Calibration:
     """The stages of one run."""
@@ -68,20 +72,29 @@ class Calibration:
             for part, piece in attached.matrices(cast(Any, module).parametrizations.weight.original)
             if isinstance(part, MaskedLowRank)
         ]
-        for part, piece, H in parts:
+        for part, piece, _ in parts:
             part.fold_(piece)
-            part.Q.copy_(input_scale(H))
+        self.scale_(model, parts)
         set_sparsity_(model, sparsity, budget=self.budget)
         group.share_masks_(model)
         for part, piece, H in parts:
             try:
-                part.by_row(piece).copy_(compensate(part.by_row(piece), H, part.mask))
+                part.by_row(piece).copy_(self.compensated(part, part.by_row(piece), H))
             except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
                 raise ModelError(
                     f"The inputs of a prunable weight cannot be used ({error}): training diverged, or the model came "
                     "so. Use a lower learning rate, another model, or --set calibration=0."
                 ) from error
             group.share_(piece)
+
+    def scale_(self, model: nn.Module, parts: list[Calibrated]) -> None:
+        """Set Q of every matrix for the choice of the masks."""
+        for part, _, H in parts:
+            part.Q.copy_(input_scale(H))
+
+    def compensated(self, part: MaskedLowRank, W: Tensor, H: Tensor) -> Tensor:
+        """W' (n, k) in place of *W*, once the mask of *part* is chosen."""
+        return compensate(W, H, part.mask)
 
 
 @torch.no_grad()
