@@ -3,9 +3,9 @@
     python -m benchmarks.structured --output benchmarks                             writes structured_cpu_<yyyymm>.json
     python -m benchmarks.structured --engine onnxruntime-cuda --output benchmarks   on a GPU
 
-Both have random weights, which cost the same time as trained ones. Heads and neurons are chosen by pst/structured with
-the options of ``pst train --pattern structured``, and both models go through ``pst export``, with its checks. ``pst
-bench`` measures them in turn in one process. Everything else is left in --work, if given.
+Both have random weights, which cost the same time as trained ones. pst/structured removes like shares of heads and
+neurons from every layer, and both models go through ``pst export``, with its checks.
+``pst bench`` measures them in turn in one process. Models and artifacts are left in --work, if given.
 """
 
 import argparse
@@ -41,7 +41,6 @@ def main() -> None:
     parser.add_argument("--engine", default="onnxruntime", help="as of pst bench: onnxruntime or onnxruntime-cuda")
     parser.add_argument("--size", choices=SIZES, default="base")
     parser.add_argument("--sparsity", type=float, default=0.5)
-    parser.add_argument("--budget", choices=("global", "local"), default="global")
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--shapes", default="1x128,8x128")
     parser.add_argument("--runs", type=int, default=40)
@@ -102,8 +101,8 @@ def save(folder: Path, arguments: argparse.Namespace, *, pruned: bool) -> None:
     )  # fmt: skip
     model = BertForSequenceClassification(config).eval()
     if pruned:
-        sparsify_(model, pattern=Structured(budget=arguments.budget))
-        set_sparsity_(model, arguments.sparsity)
+        sparsify_(model, pattern=Structured())
+        set_sparsity_(model, arguments.sparsity, budget="local")
         merge_(model)
     model.save_pretrained(folder)
     tokenizer.model_max_length = config.max_position_embeddings

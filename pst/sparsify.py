@@ -172,7 +172,7 @@ def set_sparsity_(model: nn.Module, sparsity: float, *, budget: Literal["local",
     if not found:
         return
     if isinstance(pattern, Structured):
-        choose_units_(model, pattern, sparsity, budget=budget or pattern.budget)
+        choose_units_(model, pattern, sparsity, budget=budget)
         return
     if budget is None:
         shares = isinstance(pattern, SharingPattern) and any(part.budget == "global" for _, part, _ in found)

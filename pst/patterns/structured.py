@@ -25,8 +25,6 @@ class Structured:
     target: Literal["macs", "parameters"] = "macs"
     """Sparsity is the fraction of the blocks' multiply-adds (pst/structured/units.py), or of their parameters."""
     kinds: Literal["both", "heads", "neurons"] = "both"
-    budget: Literal["local", "global"] = "global"
-    """What ``set_sparsity_`` does when it is not told: the share of every layer, or one for all that compete."""
     multiple: int = 8
     """Neurons that a layer keeps are a multiple of this; kernels work on so many at a time."""
     spec: str = "structured"

@@ -47,12 +47,13 @@ def masked_matrix(member: Member) -> tuple[MaskedWeight, Tensor]:
 
 
 @torch.no_grad()
-def choose_units_(model: nn.Module, pattern: Structured, sparsity: float, *, budget: Budget) -> None:
+def choose_units_(model: nn.Module, pattern: Structured, sparsity: float, *, budget: Budget | None = None) -> None:
     """Choose the masks of all units of the sparsified *model*.
 
     *sparsity* is the least fraction of the blocks' multiply-adds or parameters that goes. budget: "local" keeps as many
-    heads, and as many neurons, in every layer; "global" lets all layers, heads and neurons compete. Every layer keeps
-    one head and ``pattern.multiple`` neurons at least. Ties: of equal scores the later unit goes first.
+    heads, and as many neurons, in every layer; "global" lets all layers, heads and neurons compete, which takes scores
+    that say what a unit adds to the outputs: None is global where the units are calibrated, else local. Every layer
+    keeps one head and ``pattern.multiple`` neurons at least. Ties: of equal scores the later unit goes first.
 
     Raises ModelError where scores are not finite, or so much cannot go.
     """
@@ -65,11 +66,17 @@ def choose_units_(model: nn.Module, pattern: Structured, sparsity: float, *, bud
                 f"The scores of {one.name} hold NaN or infinity: training diverged, or the model came so. Use a lower "
                 "learning rate (lr, lr_update, lr_scores), or another model."
             )
-    kept = keep_units(units, scores, sparsity, pattern, budget=budget)
+    kept = keep_units(units, scores, sparsity, pattern, budget=budget or ("global" if _calibrated(units) else "local"))
     for one, keep in zip(units, kept, strict=True):
         part, _ = masked_matrix(one.consumer)
         part.mask.copy_(keep.to(part.mask.device).repeat_interleave(one.consumer.width))
         part.sparsity.fill_(1 - int(keep.sum()) / len(keep))
+
+
+def _calibrated(units: Sequence[Units]) -> bool:
+    """Whether pst/structured/calibration.py has judged the units: then Q of producers is 0."""
+    Q = getattr(masked_matrix(units[0].producers[0])[0], "Q", None)
+    return Q is not None and not bool(Q.any())
 
 
 def kept_units(units: Sequence[Units]) -> list[Tensor]:

@@ -123,7 +123,7 @@ def test_scores_are_pooled_over_every_entry_of_a_unit(bert: Any) -> None:
             total += torch.stack([unit.sum() for unit in W.split(member.width)])
         expected.append(total / one.macs)
     sparsify_(bert, method=Magnitude(), pattern=Structured(multiple=1))
-    set_sparsity_(bert, 0.35)
+    set_sparsity_(bert, 0.35, budget="global")
     kept = kept_units(find_units(bert))
     for one, keep, wanted in zip(
         units, kept, keep_units(units, expected, 0.35, Structured(multiple=1), budget="global"), strict=True
