@@ -115,12 +115,11 @@ def _export(
             halved=cache_names(PAST, len(loaded.cache)),
         )  # fmt: skip
         infos = verify_graph(model, weights, claims, pattern=pattern) or weights_as_found(model, weights)
-        removal = getattr(loaded.model.config, FIELD, None)
-        structured = pattern == "structured" and removal is not None
-        measured = removed_share(removal) if structured else measured_sparsity(infos)
+        removal: dict[str, Any] | None = getattr(loaded.model.config, FIELD, None)
+        measured = removed_share(removal) if removal and pattern == "structured" else measured_sparsity(infos)
         requested = float(report.get("sparsity", {}).get("requested", 0.0))
         claim = "was taken as found" if pattern == "dense" else f"holds {pattern} along its reduction axis"
-        if structured:
+        if removal and pattern == "structured":
             note(f"Each of {len(infos)} weights is as trained; {measured:.1%} of the {removal['target']} are gone.")
         else:
             note(f"Each of {len(infos)} weights {claim}; {measured:.1%} of them are zeros.")

@@ -3,7 +3,7 @@
 import importlib
 import math
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from pst.errors import ConfigError
 from pst.patterns import Pattern, check_sparsity, parse_pattern, sharing
@@ -174,7 +174,7 @@ class TrainConfig:
         """The pattern with its options. Raises PatternError for an unknown one."""
         if self.pattern == "structured":
             target, kinds, multiple = self.structured_target, self.structured_units, self.structured_multiple
-            return cast(Pattern, Structured(target=target, kinds=kinds, multiple=multiple))
+            return Structured(target=target, kinds=kinds, multiple=multiple)
         return parse_pattern(self.pattern)
 
     def _settled_pattern(self, *, prunes: bool, keeps: bool) -> dict[str, Any]:

@@ -8,17 +8,16 @@ left is smaller and dense.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
 from pst.errors import PatternError
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 EXAMPLE = "structured"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Structured:
     """Which units may go, and what the sparsity is a fraction of."""
 
@@ -41,10 +40,8 @@ class Structured:
         raise PatternError("Pattern structured takes heads and neurons, which no weight has by itself; use sparsify_.")
 
     def holds(self, weight: "np.ndarray[Any, Any]", *, axis: int) -> bool:
-        """Whether every zero lies in a row or a column of zeros: that of a unit before its removal; none is left."""
-        nonzero = weight != 0
-        rows, columns = nonzero.any(1, keepdims=True), nonzero.any(0, keepdims=True)
-        return weight.ndim == 2 and bool((nonzero == (rows & columns)).all())
+        """Of any matrix: units are removed, so that nothing is said of the zeros in what is left."""
+        return weight.ndim == 2
 
     def check(self, shape: tuple[int, ...], *, axis: int, name: str) -> None:
         """Any weight will do; whether the model has units is asked of the model."""

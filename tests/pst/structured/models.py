@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pst.structured.choose import masked_matrix
+from pst.structured.units import Member
 from tests.encoders import ARCHITECTURES, make_encoder
 
-__all__ = ["ARCHITECTURES", "logits", "make", "move_"]
+__all__ = ["ARCHITECTURES", "logits", "make", "matrix", "move_"]
 
 
 def make(folder: Path, model_type: str, head: str = "classification", **more: Any) -> Path:
@@ -18,6 +20,11 @@ def make(folder: Path, model_type: str, head: str = "classification", **more: An
         model_type, {}
     )
     return make_encoder(folder, model_type, head, **(sizes | more))
+
+
+def matrix(member: Member) -> tuple[Any, Tensor]:
+    """What is attached to the member's matrix, with all that its method gave it, and its original."""
+    return masked_matrix(member)
 
 
 @torch.no_grad()

@@ -12,10 +12,9 @@ from pst.methods.pst import PST
 from pst.patterns.structured import Structured
 from pst.sparsify import sparsify_
 from pst.structured.calibration import compensate_unit, least_squares, scale_units_, unit_losses
-from pst.structured.choose import masked_matrix
 from pst.structured.storage import from_pretrained
 from pst.structured.units import find_units
-from tests.pst.structured.models import make
+from tests.pst.structured.models import make, matrix
 
 N, K = 6, 12
 
@@ -62,21 +61,20 @@ def test_pooled_scores_are_losses_over_costs(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     for one in units:
         for member in (*one.producers, one.consumer):
-            part, piece = masked_matrix(member)
+            part, piece = matrix(member)
             X = torch.randn(100, piece.shape[1], generator=generator)
             moments[part] = (piece, X.T @ X)
-        part, piece = masked_matrix(one.consumer)
+        part, piece = matrix(one.consumer)
         losses.append(unit_losses(piece, moments[part][1], one.consumer.width) / one.macs)
     scale_units_(model, moments)
     mean = sum(float((E * one.macs).sum()) for E, one in zip(losses, units, strict=True))
     mean /= sum(one.count * one.macs for one in units)
     for one, E in zip(units, losses, strict=True):
-        part, piece = masked_matrix(one.consumer)
+        part, piece = matrix(one.consumer)
         pooled = part.common_scores(piece).T.reshape(one.count, -1).sum(1) / one.macs
         torch.testing.assert_close(pooled.double(), E / mean, rtol=1e-4, atol=1e-6)
         assert all(
-            float(masked_matrix(member)[0].scores(masked_matrix(member)[1]).detach().abs().max()) == 0
-            for member in one.producers
+            float(matrix(member)[0].scores(matrix(member)[1]).detach().abs().max()) == 0 for member in one.producers
         )
 
 
@@ -90,7 +88,7 @@ def test_inputs_that_are_not_finite(tmp_path: Path) -> None:
     moments = {}
     for one in find_units(model):
         for member in (*one.producers, one.consumer):
-            part, piece = masked_matrix(member)
+            part, piece = matrix(member)
             moments[part] = (piece, torch.full((piece.shape[1], piece.shape[1]), float("nan")))
     with pytest.raises(ModelError, match="the heads of layer 0 are judged cannot be used"):
         scale_units_(model, moments)

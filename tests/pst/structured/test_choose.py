@@ -13,10 +13,10 @@ from pst.methods.magnitude import Magnitude
 from pst.methods.pst import PST
 from pst.patterns.structured import Structured
 from pst.sparsify import merge_, set_sparsity_, sparsify_
-from pst.structured.choose import keep_units, kept_units, masked_matrix
+from pst.structured.choose import keep_units, kept_units
 from pst.structured.storage import from_pretrained
-from pst.structured.units import LENGTH, Units, find_units
-from tests.pst.structured.models import ARCHITECTURES, make, move_
+from pst.structured.units import LENGTH, Units, find_units, weight_of
+from tests.pst.structured.models import ARCHITECTURES, make, matrix, move_
 
 CLASSIFIER = "AutoModelForSequenceClassification"
 
@@ -118,7 +118,7 @@ def test_scores_are_pooled_over_every_entry_of_a_unit(bert: Any) -> None:
     for one in units:
         total = torch.zeros(one.count, dtype=torch.float64)
         for member in (*one.producers, one.consumer):
-            W = member.module.weight.detach().abs().double()
+            W = weight_of(member.module).detach().abs().double()
             W = (W.T if member is one.consumer else W) / W.mean()
             total += torch.stack([unit.sum() for unit in W.split(member.width)])
         expected.append(total / one.macs)
@@ -140,7 +140,7 @@ def test_rows_and_columns_decide_which_unit_stays(bert: Any, at: int) -> None:
         one = find_units(bert)[at]
         lowest = int((~kept_units([one])[0]).nonzero()[0])
         member = one.producers[0] if name == "R" else one.consumer
-        part, _ = masked_matrix(member)
+        part, _ = matrix(member)
         with torch.no_grad():
             getattr(part, name)[lowest * member.width : (lowest + 1) * member.width] += 50
         set_sparsity_(bert, 0.1)
@@ -164,11 +164,11 @@ def test_gradients_of_rows_and_columns_are_those_of_a_gate(bert: Any) -> None:
     ids = torch.randint(5, 30, (3, 9), generator=torch.Generator().manual_seed(0))
     answer = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([0, 1, 2])}
     bert(**answer).loss.backward()
-    found = [masked_matrix(one.consumer)[0] for one in units]
+    found = [matrix(one.consumer)[0] for one in units]
     columns = [
         part.C.grad.view(one.count, -1).sum(1) / part.scales.alpha2 for one, part in zip(units, found, strict=True)
     ]
-    producer = masked_matrix(units[1].producers[0])[0]
+    producer = matrix(units[1].producers[0])[0]
     rows = producer.R.grad / producer.scales.alpha2
 
     gates = [keep.double().requires_grad_() for keep in kept]
@@ -189,7 +189,7 @@ def test_gradients_of_rows_and_columns_are_those_of_a_gate(bert: Any) -> None:
 def test_units_without_weights_go_first_and_scores_must_be_finite(bert: Any) -> None:
     sparsify_(bert, pattern=Structured(multiple=1))
     neurons = find_units(bert)[3]
-    part, original = masked_matrix(neurons.consumer)
+    part, original = matrix(neurons.consumer)
     with torch.no_grad():
         original[:, 5] = 0
         part.C[5] = 1000

@@ -17,7 +17,7 @@ from pst.patterns.structured import Structured
 from pst.sparsify import merge_, prunable_weights, set_sparsity_, sparsify_
 from pst.structured.remove import remove_units_
 from pst.structured.storage import from_pretrained, load_structured
-from pst.structured.units import find_units
+from pst.structured.units import find_units, shape_of
 from tests.decoders import make_decoder
 from tests.pst.structured.models import ARCHITECTURES, logits, make, move_
 
@@ -72,13 +72,12 @@ def test_residual_widths_stay_and_the_rest_is_smaller(tmp_path: Path, model_type
     for one in find_units(model):
         layer = left[one.layer]
         assert one.count == (len(layer["heads"]) if one.kind == "heads" else layer["neurons"])
-        weight = one.consumer.module.weight
-        assert weight.shape[1 - one.consumer.axis] == 32
-        for module in (one.consumer.module, *(member.module for member in one.producers)):
-            stated = (
-                (module.out_features, module.in_features) if isinstance(module, nn.Linear) else (module.nx, module.nf)
-            )
-            assert stated == tuple(module.weight.shape)
+        assert shape_of(one.consumer.module, one.consumer.axis)[0] == 32
+        linears: list[Any] = [one.consumer.module, *(member.module for member in one.producers)]
+        for linear in linears:
+            conv = not isinstance(linear, nn.Linear)
+            stated = (linear.nx, linear.nf) if conv else (linear.out_features, linear.in_features)
+            assert stated == tuple(linear.weight.shape)
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)

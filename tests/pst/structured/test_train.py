@@ -116,4 +116,4 @@ def test_the_callback_removes_at_the_end(base: Path, tmp_path: Path) -> None:
 )
 def test_options_that_no_run_could_use(changes: dict[str, Any], match: str) -> None:
     with pytest.raises(ConfigError, match=match):
-        TrainConfig(model="m", data="d", **({"pattern": "structured", "sparsity": 0.5} | changes)).filled()
+        structured(Path("m"), Path("d"), **changes).filled()
