@@ -78,7 +78,7 @@ def measure(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         threads=arguments.threads,
         warmup=5,
         runs=arguments.runs,
-        command=shlex.join(["python", "-m", "benchmarks.structured", *sys.argv[1:]]),
+        command=_command(arguments),
         engine=arguments.engine,
         budget_s=arguments.seconds,
         overwrite=True,
@@ -88,6 +88,12 @@ def measure(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     for artifact in report["artifacts"]:
         artifact["path"] = artifact["name"]
     return report | {"structured": removed, "size": arguments.size, "git_revision": git_revision()}
+
+
+def _command(arguments: argparse.Namespace) -> str:
+    """What repeats the measurement; where its files were kept does not belong to it."""
+    given = [f"--{name}={value}" for name, value in sorted(vars(arguments).items()) if name not in ("work", "output")]
+    return shlex.join(["python", "-m", "benchmarks.structured", *given, "--output", "benchmarks"])
 
 
 def save(folder: Path, arguments: argparse.Namespace, *, pruned: bool) -> None:
