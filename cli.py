@@ -75,7 +75,12 @@ def train(
     method: Annotated[
         str | None, typer.Option(help="pst (default), magnitude, movement, soft_movement, fixed_mask, or dense.")
     ] = None,
-    pattern: Annotated[str | None, typer.Option(help="unstructured (default), N:M such as 2:4, or block:RxC.")] = None,
+    pattern: Annotated[
+        str | None,
+        typer.Option(
+            help="unstructured (default), N:M such as 2:4, block:RxC, or structured: heads and neurons are removed."
+        ),
+    ] = None,
     sparsity: Annotated[
         float | None, typer.Option(help="Fraction of zeros from 0 to below 1, such as 0.9; N:M fixes it.")
     ] = None,
@@ -204,7 +209,9 @@ def compare(
 def prune(
     source: Annotated[str, typer.Argument(help="Run or model folder, or hub id.")],
     output: Output,
-    pattern: Annotated[str, typer.Option(help="unstructured, N:M such as 2:4, or block:RxC.")] = "unstructured",
+    pattern: Annotated[
+        str, typer.Option(help="unstructured, N:M such as 2:4, block:RxC, or structured.")
+    ] = "unstructured",
     sparsity: Annotated[
         float | None, typer.Option(help="Fraction of zeros from 0 to below 1, such as 0.5; N:M fixes it.")
     ] = None,
@@ -248,7 +255,8 @@ def prune(
         budget=budget,  # type: ignore[arg-type]
         overwrite=overwrite,
     )
-    _show(f"{result.model}: {result.pattern} by {result.method}, {result.sparsity:.1%} zeros in the pruned weights")
+    share = "removed" if result.pattern == "structured" else "zeros in the pruned weights"
+    _show(f"{result.model}: {result.pattern} by {result.method}, {result.sparsity:.1%} {share}")
     if result.errors:
         worst = max(result.errors, key=lambda name: result.errors[name])
         mean, most = sum(result.errors.values()) / len(result.errors), result.errors[worst]
@@ -318,7 +326,8 @@ def export(
         atol=atol,
         rtol=rtol,
     )
-    _show(f"{output}: {manifest.pattern}, {manifest.sparsity['measured']:.1%} zeros, opset {manifest.opset}")
+    share = "removed" if manifest.pattern == "structured" else "zeros"
+    _show(f"{output}: {manifest.pattern}, {manifest.sparsity['measured']:.1%} {share}, opset {manifest.opset}")
 
 
 def _data_spec(data: str | None, sets: Sequence[str] | None) -> Any:

@@ -20,6 +20,7 @@ from pst.errors import ArtifactError, EngineError, ModelError
 from pst.files import read_json, resolve_model
 from pst.models import architecture
 from pst.progress import progress
+from pst.structured.report import removal_of
 
 if TYPE_CHECKING:
     from export.graph import GraphWeight
@@ -45,6 +46,8 @@ class Inspection:
     weights: tuple[WeightReport, ...]
     """The 2-D weights of matrix products, in graph order or, of safetensors, by name."""
     totals: Totals
+    structured: dict[str, Any] | None = None
+    """What is left of each layer where heads and neurons were removed, as config.json has it."""
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -70,7 +73,7 @@ def inspect(path: Path) -> Inspection:
         if path.suffix == ".onnx":
             return _inspect_onnx(path, "ONNX file", path)
         if path.suffix == ".safetensors":
-            return _inspect_tensors(path, "safetensors file", read_safetensors(path), _model_type(path.parent))
+            return _inspect_tensors(path, "safetensors file", read_safetensors(path), path.parent)
         raise ModelError(f"{path} is neither a .safetensors nor an .onnx file; give one of these, or a folder.")
     if (path / FILE_NAME).is_file():
         Manifest.load(path)
@@ -87,7 +90,7 @@ def inspect(path: Path) -> Inspection:
             "folder."
         )
     kind = "model folder" if folder == path else "run folder"
-    return _inspect_tensors(path, kind, read_model_tensors(folder), _model_type(folder))
+    return _inspect_tensors(path, kind, read_model_tensors(folder), folder)
 
 
 def _model_type(folder: Path) -> str | None:
@@ -107,7 +110,8 @@ def _prunable(model_type: str | None, names: Iterable[str]) -> set[str]:
 # Safetensors ----------------------------------------------------------------------------------------------------------
 
 
-def _inspect_tensors(path: Path, kind: str, tensors: dict[str, StoredTensor], model_type: str | None) -> Inspection:
+def _inspect_tensors(path: Path, kind: str, tensors: dict[str, StoredTensor], folder: Path) -> Inspection:
+    model_type = _model_type(folder)
     tensors = {name: tensors[name] for name in sorted(tensors, key=_natural)}
     rows = {name for name, tensor in tensors.items() if _is_product(tensor)}
     transposed = _has_conv1d(tensors, model_type)
@@ -129,7 +133,7 @@ def _inspect_tensors(path: Path, kind: str, tensors: dict[str, StoredTensor], mo
             else:
                 yield _NOTHING
 
-    return _collect(path, kind, model_type, items(), len(tensors))
+    return _collect(path, kind, model_type, items(), len(tensors), removal_of(folder))
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
@@ -193,7 +197,7 @@ def _inspect_onnx(file: Path, kind: str, path: Path) -> Inspection:
                 else:
                     yield _NOTHING
 
-    return _collect(path, kind, model_type, items(), len({**weights, **stored}))
+    return _collect(path, kind, model_type, items(), len({**weights, **stored}), removal_of(file.parent))
 
 
 def _onnx_bytes(weight: "GraphWeight") -> bytes:
@@ -208,6 +212,7 @@ def _collect(
     model_type: str | None,
     items: Iterator[_Item],
     count: int,
+    structured: dict[str, Any] | None,
 ) -> Inspection:
     rows, parameters, zeros, size = [], 0, 0, 0.0
     with progress(f"Inspecting {path.name}", total=count) as advance:
@@ -219,4 +224,6 @@ def _collect(
     if not parameters:
         raise ModelError(f"{path} holds no floating-point weights; give a model.")
     totals = add_up(rows, parameters=parameters, zeros=zeros, dense_bytes=round(size))
-    return Inspection(path=str(path), kind=kind, model_type=model_type, weights=tuple(rows), totals=totals)
+    return Inspection(
+        path=str(path), kind=kind, model_type=model_type, weights=tuple(rows), totals=totals, structured=structured
+    )

@@ -82,7 +82,7 @@ class Manifest:
     pad_token_id: int
     pattern: str
     sparsity: Mapping[str, float]
-    """requested and measured fraction of zeros over *weights*."""
+    """requested and measured fraction of zeros over *weights*; of pattern structured, of what was removed."""
     weights: tuple[WeightInfo, ...]
     parity: Parity
     files: Mapping[str, str]
@@ -91,6 +91,8 @@ class Manifest:
     """What it was made from: SHA-256 of the model's files, base_model."""
     versions: Mapping[str, str]
     """Of the packages that made it."""
+    structured: Mapping[str, Any] | None = None
+    """Where heads and neurons were removed, what is left of each layer, as config.json has it; None elsewhere."""
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> dict[str, Any]:
@@ -126,6 +128,7 @@ class Manifest:
                 files=dict(value["files"]),
                 source=dict(value["source"]),
                 versions=dict(value["versions"]),
+                structured=None if value.get("structured") is None else dict(value["structured"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ArtifactError(f"{where} is not a whole export.json ({error!r}); {_AGAIN}") from error

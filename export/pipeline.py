@@ -27,6 +27,7 @@ from pst import __version__
 from pst.errors import ConfigError
 from pst.files import atomic_folder, refuse_existing, sha256
 from pst.progress import note, progress
+from pst.structured.report import FIELD, removed_share
 
 _PROTOBUF_LIMIT = 2_000_000_000  # bytes; a protobuf file ends at 2 GiB, some of which is the graph
 _LOAD, _TRACE, _WRITE, _COMPARE = 15, 50, 5, 30  # per cent of the time that each stage usually takes
@@ -114,10 +115,14 @@ def _export(
             halved=cache_names(PAST, len(loaded.cache)),
         )  # fmt: skip
         infos = verify_graph(model, weights, claims, pattern=pattern) or weights_as_found(model, weights)
-        measured = measured_sparsity(infos)
+        removal: dict[str, Any] | None = getattr(loaded.model.config, FIELD, None)
+        measured = removed_share(removal) if removal and pattern == "structured" else measured_sparsity(infos)
         requested = float(report.get("sparsity", {}).get("requested", 0.0))
         claim = "was taken as found" if pattern == "dense" else f"holds {pattern} along its reduction axis"
-        note(f"Each of {len(infos)} weights {claim}; {measured:.1%} of them are zeros.")
+        if removal and pattern == "structured":
+            note(f"Each of {len(infos)} weights is as trained; {measured:.1%} of the {removal['target']} are gone.")
+        else:
+            note(f"Each of {len(infos)} weights {claim}; {measured:.1%} of them are zeros.")
         wide = None if precision == "fp32" else _session(widen(model, PRECISIONS[precision]))
         save_onnx(model, folder / MODEL_NAME, external_data=external_data)
         advance(_WRITE)
@@ -142,7 +147,7 @@ def _export(
             pad_token_id=loaded.pad_token_id, pattern=pattern,
             sparsity={"requested": requested, "measured": measured}, weights=infos, parity=parity,
             files={path.name: sha256(path) for path in sorted(folder.iterdir())},
-            source=_provenance(loaded), versions=_versions(),
+            source=_provenance(loaded), versions=_versions(), structured=removal,
         )  # fmt: skip
         manifest.save(folder)
     return manifest

@@ -2,7 +2,7 @@
 
 import io
 import shutil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from export.measure import WeightReport
 
@@ -73,6 +73,21 @@ def _totals(inspection: "Inspection") -> list[str]:
     if totals.two_four_bytes is not None:
         lines.append(f"  as 2:4 + indices     {_size(totals.two_four_bytes)}")
     lines.append(f"  through deflate      {_size(totals.deflate_bytes)}")
+    return lines + _removal(inspection.structured)
+
+
+def _removal(report: dict[str, Any] | None) -> list[str]:
+    if report is None:
+        return []
+    dense, lines = report["dense"], ["", "Heads and neurons were removed; of each layer is left:"]
+    lines += [
+        f"  layer {index:<3} {len(layer['heads']):>3} of {dense['heads']} heads {layer['neurons']:>6} of "
+        f"{dense['neurons']} neurons"
+        for index, layer in enumerate(report["layers"])
+    ]
+    for name, words in (("macs", f"Multiply-adds, {report['length']} tokens"), ("parameters", "Parameters of layers")):
+        kept, whole = report[name]["kept"], report[name]["dense"]
+        lines.append(f"{words:<26} {kept:,} of {whole:,} ({kept / whole:.2%})")
     return lines
 
 

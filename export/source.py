@@ -16,6 +16,7 @@ from export.tensors import read_model_tensors
 from pst.errors import ModelError
 from pst.files import read_json, resolve_model
 from pst.quiet import quiet_transformers
+from pst.structured.storage import from_pretrained
 
 Array = np.ndarray[Any, Any]
 SPARSITY_FILE = "sparsity.json"
@@ -142,7 +143,8 @@ def _read_sparsity(folder: Path) -> dict[str, Any] | None:
 
 def _load_model(folder: Path, head: Head) -> Any:
     try:
-        model, report = getattr(transformers, head.auto_class).from_pretrained(
+        model, report = from_pretrained(
+            head.auto_class,
             folder,
             dtype=torch.float32,
             local_files_only=True,

@@ -29,6 +29,12 @@ STEP = 0.2
 """Share of the remaining weights that a stage removes, at least."""
 
 
+Adjustable = MaskedLowRank | MaskedMagnitude
+"""What has a Q, and a weight that may be adjusted."""
+Calibrated = tuple[Adjustable, Tensor, Tensor]
+"""A masked matrix, its original as stored, and H of its inputs."""
+
+
 @dataclass(kw_only=True)
 class Calibration:
     """The stages of one run."""
@@ -61,7 +67,7 @@ class Calibration:
             (part, piece, module)
             for module, attached in masked_weights(model)
             for part, piece in attached.matrices(cast(Any, module).parametrizations.weight.original)
-            if isinstance(part, MaskedLowRank | MaskedMagnitude)
+            if isinstance(part, Adjustable)
         ]
         if not found:
             raise ConfigError("calibration is for the methods pst and magnitude; leave it out, or set it to 0.")
@@ -75,20 +81,29 @@ class Calibration:
         batches = [list(share[i : i + self.batch_size]) for i in range(0, len(share), self.batch_size)]
         moments = input_moments(model, (self.rows.batch(rows) for rows in batches), device=device, group=group)
         parts = [(part, piece, moments[module]) for part, piece, module in found]
-        for part, piece, H in parts:
+        for part, piece, _ in parts:
             part.fold_(piece)
-            part.Q.copy_(input_scale(H))
+        self.scale_(model, parts)
         set_sparsity_(model, sparsity, budget=self.budget)
         group.share_masks_(model)
         for part, piece, H in parts:
             try:
-                part.by_row(piece).copy_(compensate(part.by_row(piece), H, part.mask))
+                part.by_row(piece).copy_(self.compensated(part, part.by_row(piece), H))
             except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
                 raise ModelError(
                     f"The inputs of a prunable weight cannot be used ({error}): training diverged, or the model came "
                     "so. Use a lower learning rate, another model, or --set calibration=0."
                 ) from error
             group.share_(piece)
+
+    def scale_(self, model: nn.Module, parts: list[Calibrated]) -> None:
+        """Set Q of every matrix for the choice of the masks."""
+        for part, _, H in parts:
+            part.Q.copy_(input_scale(H))
+
+    def compensated(self, part: Adjustable, W: Tensor, H: Tensor) -> Tensor:
+        """W' (n, k) in place of *W*, once the mask of *part* is chosen."""
+        return compensate(W, H, part.mask)
 
 
 @torch.no_grad()

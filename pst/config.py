@@ -6,7 +6,8 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from pst.errors import ConfigError
-from pst.patterns import check_sparsity, parse_pattern, sharing
+from pst.patterns import Pattern, check_sparsity, parse_pattern, sharing
+from pst.patterns.structured import Structured
 from pst.schedule import CubicSchedule
 from pst.settings import field
 
@@ -35,8 +36,17 @@ class TrainConfig:
     target_column: str = field("", "data_to_text: column of the answer; found by its usual names when not given")
 
     method: str = field("pst", "what decides which weights stay: a file of pst/methods")
-    pattern: str = field("unstructured", "what shape stays: unstructured, N:M such as 2:4, or block:RxC")
-    sparsity: float | None = field(None, "fraction of each prunable weight that becomes zero; N:M fixes it")
+    pattern: str = field("unstructured", "what shape stays: unstructured, N:M such as 2:4, block:RxC, or structured")
+    sparsity: float | None = field(
+        None, "fraction of each prunable weight that becomes zero, N:M fixes it; of structured, what is removed"
+    )
+    structured_target: Literal["macs", "parameters"] = field(
+        "macs", "structured: what the sparsity is a fraction of, the transformer blocks' multiply-adds or parameters"
+    )
+    structured_units: Literal["both", "heads", "neurons"] = field(
+        "both", "structured: what may be removed, attention heads, feed-forward neurons, or both"
+    )
+    structured_multiple: int = field(8, "structured: a layer keeps a multiple of so many neurons")
     faithful: bool = field(
         False, "the published PST to the letter: frozen random head, one learning rate, its schedule"
     )
@@ -106,6 +116,7 @@ class TrainConfig:
         at_least = {
             "batch_size": 1,
             "mask_every": 1,
+            "structured_multiple": 1,
             "accumulate": 1,
             "num_beams": 1,
             "no_repeat_ngram": 0,
@@ -161,10 +172,17 @@ class TrainConfig:
         full = replace(self, **changes)
         return replace(full, **full._settled_pattern(prunes=self.method != "dense", keeps=keeps))
 
+    def parsed_pattern(self) -> Pattern:
+        """The pattern with its options. Raises PatternError for an unknown one."""
+        if self.pattern == "structured":
+            target, kinds, multiple = self.structured_target, self.structured_units, self.structured_multiple
+            return Structured(target=target, kinds=kinds, multiple=multiple)
+        return parse_pattern(self.pattern)
+
     def _settled_pattern(self, *, prunes: bool, keeps: bool) -> dict[str, Any]:
         if not prunes:
             return {"pattern": "dense", "sparsity": 0.0}
-        pattern = parse_pattern(self.pattern)
+        pattern = self.parsed_pattern()
         if keeps and self.sparsity is not None:
             raise ConfigError(
                 f"Method {self.method} keeps the zeros that the model has, so its sparsity is the model's; "
@@ -172,7 +190,7 @@ class TrainConfig:
             )
         if keeps:
             return {}
-        if self.budget == "global":
+        if self.budget == "global" and not isinstance(pattern, Structured):
             sharing(pattern)
         fixed = pattern.sparsity
         if fixed is None and self.sparsity is None:

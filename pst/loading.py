@@ -10,6 +10,7 @@ from torch import nn
 from pst.data import Examples, align_labels
 from pst.errors import ModelError
 from pst.quiet import quiet_transformers
+from pst.structured.storage import from_pretrained
 
 DEFAULT_MAX_LENGTH = 128
 VOCABULARY_FILES = ("tokenizer.json", "vocab.*", "merges.txt", "*.model")
@@ -92,8 +93,6 @@ def load_classifier(
     A head that *source* brings is kept, and the labels must fit it; otherwise a new head is drawn from torch's
     generator. Raises DataError where labels do not fit, ModelError where the weights cannot be read.
     """
-    from transformers import AutoModelForSequenceClassification
-
     has_head = any("ForSequenceClassification" in name for name in getattr(config, "architectures", None) or [])
     if has_head:
         task = "regression" if config.num_labels == 1 else "classification"
@@ -108,8 +107,8 @@ def load_classifier(
     if getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = load_tokenizer(source).pad_token_id
     try:
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            source, config=config, dtype="float32", output_loading_info=True
+        model, report = from_pretrained(
+            "AutoModelForSequenceClassification", source, config=config, dtype="float32", output_loading_info=True
         )
     except Exception as error:  # OSError, SafetensorError, RuntimeError for shapes, and what a bad config leads to
         raise ModelError(

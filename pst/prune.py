@@ -28,11 +28,14 @@ from pst.files import atomic_folder, refuse_existing, resolve_model, write_json
 from pst.loading import first_line, load_config, load_tokenizer, require_vocabulary, settle_max_length
 from pst.masked_weight import MaskedMagnitude, MaskedWeight
 from pst.materialize import masked_weights
-from pst.patterns import parse_pattern
+from pst.patterns import Pattern, parse_pattern
+from pst.patterns.structured import Structured
 from pst.progress import note
 from pst.quiet import quiet_transformers
 from pst.result import git_revision, sparsity_of, versions
 from pst.sparsify import merge_, set_sparsity_, sparsify_
+from pst.structured.calibration import compensate_unit, scale_units_
+from pst.structured.storage import from_pretrained
 from pst.tables import read_splits
 from pst.tasks.language_modeling import read_text
 
@@ -127,7 +130,9 @@ def prune(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sparsify_(model, method=_Once(), pattern=chosen)
     model.to(device).eval()
-    errors = prune_(model, final, batches, wanda=method == "wanda", adjust=adjust, budget=budget, device=device)
+    errors = prune_(
+        model, final, batches, pattern=chosen, wanda=method == "wanda", adjust=adjust, budget=budget, device=device
+    )
     merge_(model)
     report = sparsity_of(model, method=method, pattern=chosen.spec, requested=final)
     for row in report["weights"]:
@@ -148,6 +153,7 @@ def prune_(
     sparsity: float,
     batches: list[dict[str, Tensor]],
     *,
+    pattern: Pattern,
     wanda: bool,
     adjust: bool,
     budget: Literal["local", "global"],
@@ -164,7 +170,10 @@ def prune_(
         for module, attached in masked_weights(model)
         for part, piece in attached.matrices(cast(Any, module).parametrizations.weight.original)
     ]
-    if wanda:
+    structured = isinstance(pattern, Structured)
+    if wanda and structured:
+        scale_units_(model, {part: (piece, moments[module]) for module, part, piece in parts})
+    elif wanda:
         for module, part, _ in parts:
             part.Q.copy_(input_scale(moments[module]))
     set_sparsity_(model, sparsity, budget=budget)
@@ -173,7 +182,7 @@ def prune_(
         H, W = moments[module], part.by_row(piece).clone()
         if adjust:
             try:
-                part.by_row(piece).copy_(compensate(W, H, part.mask))
+                part.by_row(piece).copy_((compensate_unit if structured else compensate)(W, H, part.mask))
             except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
                 raise ModelError(
                     f"The inputs of {names[id(module)]} cannot be used ({error}); give other text with --data, or "
@@ -216,7 +225,7 @@ def _load(source: str, config: Any) -> nn.Module:
             "give another model."
         )
     try:
-        model, report = loader.from_pretrained(source, dtype="float32", output_loading_info=True)
+        model, report = from_pretrained(loader.__name__, source, dtype="float32", output_loading_info=True)
     except Exception as error:
         raise ModelError(
             f"The weights of {source} cannot be read, or do not fit its config.json: {first_line(error)} "

@@ -16,6 +16,7 @@ from pst.config import TrainConfig
 from pst.files import atomic_folder, write_json
 from pst.quiet import quiet_transformers
 from pst.sparsify import prunable_weights
+from pst.structured.report import FIELD, removed_share
 from pst.tasks import Prepared
 
 SCHEMA_VERSION = 1
@@ -59,7 +60,7 @@ def save_model(
 
 
 def sparsity_of(model: nn.Module, *, method: str, pattern: str, requested: float) -> dict[str, Any]:
-    """What sparsity.json says of the zeros of the merged *model*."""
+    """What sparsity.json says of the zeros of the merged *model*; of pattern structured, of what was removed."""
     weights = [
         {
             "name": item.name,
@@ -69,11 +70,16 @@ def sparsity_of(model: nn.Module, *, method: str, pattern: str, requested: float
         }
         for item in (prunable_weights(model) if method != "dense" else [])
     ]
+    measured, removal = measured_sparsity(weights), {}
+    if pattern == "structured":
+        removal = {FIELD: getattr(cast(Any, model).config, FIELD)}
+        measured = removed_share(removal[FIELD])
     return {
         "schema_version": SCHEMA_VERSION,
         "method": method,
         "pattern": pattern,
-        "sparsity": {"requested": requested, "measured": measured_sparsity(weights)},
+        "sparsity": {"requested": requested, "measured": measured},
+        **removal,
         "weights": weights,
     }
 

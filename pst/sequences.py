@@ -23,6 +23,7 @@ from pst.materialize import materialized
 from pst.objective import IGNORED, next_token
 from pst.progress import progress
 from pst.quiet import quiet_transformers
+from pst.structured.storage import from_pretrained
 
 TOKENS = 2**13
 """Most tokens of a batch that is only measured: their logits, in float32, are TOKENS x vocabulary."""
@@ -103,7 +104,7 @@ def load_causal(source: str) -> tuple[Any, Any]:
     A tokenizer without a padding token, such as GPT-2's, pads with its end-of-text token. Raises ModelError for a
     model of another kind, such as an encoder, for weights that cannot be read, and without an end-of-text token.
     """
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import GenerationConfig
 
     config = load_config(source)
     named = getattr(config, "architectures", None) or []
@@ -113,7 +114,7 @@ def load_causal(source: str) -> tuple[Any, Any]:
             "this task needs one that predicts the next token, such as GPT2LMHeadModel."
         )
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(source, dtype="float32", output_loading_info=True)
+        model, report = from_pretrained("AutoModelForCausalLM", source, dtype="float32", output_loading_info=True)
     except Exception as error:  # OSError, SafetensorError, RuntimeError for shapes, and what a bad config leads to
         raise ModelError(
             f"The weights of {source} cannot be read, or do not fit its config.json: {first_line(error)} "

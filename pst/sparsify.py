@@ -6,6 +6,8 @@ for step in range(steps):
     ...                                    # loss, backward, optimizer step
 set_sparsity_(model, schedule.final)
 merge_(model)                              # plain modules again, zeros in place
+
+Of pattern structured the masks are those of whole heads and neurons (pst/structured), which merge_ removes.
 """
 
 from collections.abc import Iterator
@@ -26,6 +28,10 @@ from pst.methods import Method
 from pst.methods.pst import PST
 from pst.models import Architecture, architecture
 from pst.patterns import Pattern, SharingPattern, check_sparsity, parse_pattern, sharing
+from pst.patterns.structured import Structured
+from pst.structured.choose import PATTERN, choose_units_, kept_units
+from pst.structured.remove import remove_units_
+from pst.structured.units import find_units
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +99,8 @@ def sparsify_(
     if any(True for _ in masked_weights(model)):
         raise ModelError("The model is sparsified already; call merge_ before sparsify_.")
     weights = prunable_weights(model)
+    if isinstance(pattern, Structured):
+        find_units(model)  # raises for a model whose heads and neurons nobody knows
     for item in weights:
         n, k = _matrix_shape(item)
         pattern.check((n, k), axis=1, name=item.name)
@@ -106,12 +114,9 @@ def sparsify_(
         attached = parts[0] if len(parts) == 1 else FusedMaskedWeight(parts, axis=item.axis)
         parametrize.register_parametrization(item.module, "weight", attached)
         cast(Any, item.module).parametrizations.weight.original.requires_grad_(method.trains_original)
-    setattr(model, _PATTERN, pattern)
+    setattr(model, PATTERN, pattern)
     attach_hooks_(model)
     return weights
-
-
-_PATTERN = "_pst_pattern"
 
 
 def _matrix_shape(item: PrunableWeight) -> tuple[int, int]:
@@ -125,6 +130,11 @@ def _matrix_shape(item: PrunableWeight) -> tuple[int, int]:
 def _check_fixed(weights: list[PrunableWeight], masked: list[list[MaskedWeight]], pattern: Pattern) -> None:
     """Refuse masks that never change when they are all full, or do not hold *pattern*."""
     fixed = [(item, part) for item, parts in zip(weights, masked, strict=True) for part in parts if part.fixed]
+    if fixed and isinstance(pattern, Structured):
+        raise PatternError(
+            "A model from which heads and neurons were removed has no zeros to keep; train it with --method dense, or "
+            "with a pattern of zeros."
+        )
     if fixed and all(bool(part.mask.all()) for _, part in fixed):
         raise ModelError(
             "The model has no zeros in its prunable weights, so that there is nothing to keep. "
@@ -150,7 +160,7 @@ def set_sparsity_(model: nn.Module, sparsity: float, *, budget: Literal["local",
     outside the pattern's range or the pattern cannot share a budget.
     """
     check_sparsity(sparsity)
-    pattern: Pattern | None = getattr(model, _PATTERN, None)
+    pattern: Pattern | None = getattr(model, PATTERN, None)
     if pattern is None:
         raise ModelError("The model has no masks; call sparsify_ first.")
     found = [
@@ -160,6 +170,9 @@ def set_sparsity_(model: nn.Module, sparsity: float, *, budget: Literal["local",
         if not part.fixed
     ]
     if not found:
+        return
+    if isinstance(pattern, Structured):
+        choose_units_(model, pattern, sparsity, budget=budget)
         return
     if budget is None:
         shares = isinstance(pattern, SharingPattern) and any(part.budget == "global" for _, part, _ in found)
@@ -227,10 +240,13 @@ def _naming(model: nn.Module, module: nn.Module) -> Iterator[None]:
 def merge_(model: nn.Module) -> None:
     """Fold masks and updates into plain weights, in place: outputs stay equal bit for bit, pruned entries are 0.
 
+    Units of pattern structured are removed: outputs stay equal but for rounding.
     Raises ModelError where the model has no mask.
     """
-    if getattr(model, _PATTERN, None) is None:
+    pattern: Pattern | None = getattr(model, PATTERN, None)
+    if pattern is None:
         raise ModelError("The model has no masks to merge; call sparsify_ first.")
+    kept = kept_units(find_units(model)) if isinstance(pattern, Structured) else []
     with torch.no_grad():
         with materialized(model):
             made = [(module, cast(Any, module).weight) for module, _ in masked_weights(model)]
@@ -239,4 +255,6 @@ def merge_(model: nn.Module) -> None:
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
             cast(Any, module).weight.copy_(weight)
     detach_hooks_(model)
-    delattr(model, _PATTERN)
+    delattr(model, PATTERN)
+    if isinstance(pattern, Structured):
+        remove_units_(model, kept, target=pattern.target)

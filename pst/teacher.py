@@ -7,6 +7,7 @@ from torch import nn
 from pst.errors import ModelError
 from pst.loading import first_line, load_config, load_tokenizer
 from pst.quiet import quiet_transformers
+from pst.structured.storage import from_pretrained
 
 
 @quiet_transformers()
@@ -15,8 +16,6 @@ def load_teacher(source: str, model: nn.Module, tokenizer: Any) -> nn.Module:
 
     Raises ModelError where it cannot be read, its tokens or its outputs are others, or it was never fine-tuned.
     """
-    import transformers
-
     config = load_config(source)
     model_config: Any = model.config
     kind = next(name for name in ("SequenceClassification", "CausalLM") if _is(model, name))
@@ -36,8 +35,7 @@ def load_teacher(source: str, model: nn.Module, tokenizer: Any) -> nn.Module:
             f"The teacher {source} has another vocabulary than the model; give one with the same tokenizer."
         )
     try:
-        loader = getattr(transformers, f"AutoModelFor{kind}")
-        teacher: nn.Module = loader.from_pretrained(source, dtype="float32")
+        teacher: nn.Module = from_pretrained(f"AutoModelFor{kind}", source, dtype="float32")
     except Exception as error:
         raise ModelError(
             f"The weights of the teacher {source} cannot be read: {first_line(error)} Choose another --teacher."

@@ -39,6 +39,7 @@ from pst.run_folder import (
 )
 from pst.schedule import CubicSchedule
 from pst.sparsify import merge_, set_sparsity_, sparsify_
+from pst.structured.calibration import UnitCalibration
 from pst.teacher import load_teacher
 
 LOG_EVERY = 10
@@ -107,7 +108,7 @@ def _train(
     shape = replace(config, **methods.shape_of(config.method, model, config))
     method = methods.make(config.method, config)
     if method is not None:
-        sparsify_(model, method=method, pattern=shape.pattern)
+        sparsify_(model, method=method, pattern=shape.parsed_pattern())
     model.to(device)
     groups: list[dict[str, Any]] = [{"params": list(model.parameters()), "lr": config.lr}]
     groups = method.param_groups(model) if method else groups
@@ -133,7 +134,7 @@ def _train(
     )
     calibration = None
     if config.calibration and method is not None:
-        calibration = Calibration(
+        calibration = (UnitCalibration if shape.pattern == "structured" else Calibration)(
             rows=rows,
             count=config.calibration,
             batch_size=config.batch_size,

@@ -35,7 +35,7 @@ class ModelFolder:
     pattern: str | None
     """``dense``, ``unstructured``, ``2:4`` ...; None where no sparsity.json or export.json says."""
     sparsity: float | None
-    """Measured share of zeros in the pruned weights, 0 to 1."""
+    """Measured share of zeros in the pruned weights, 0 to 1; of pattern structured, of what was removed."""
     size_bytes: int
     """The model's files, external data included; tokenizer and configuration left out."""
 

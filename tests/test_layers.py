@@ -26,6 +26,7 @@ ALLOWED = {
     "pst": ("pst",),
     "export": ("export", "pst"),
     "serve": ("serve", "export.manifest", "pst.__version__", *LEAVES),
+    "serve.engines.torch": ("serve", "pst.structured", *LEAVES),
     "export.manifest": ("export.manifest", "pst.__version__", *LEAVES),
 }
 TORCH_IN_SERVE = "serve.engines.torch"

@@ -110,6 +110,16 @@ def test_training_figures_are_those_of_the_committed_reports() -> None:
     assert sentence.groups() == (bleu["dense_longer"], bleu["pst_0.5"], bleu["pst_0.9"])
 
 
+def test_the_ratios_of_removed_units_are_those_of_the_committed_report() -> None:
+    report = json.loads((ROOT / "benchmarks/structured_cpu_202611.json").read_text(encoding="utf-8"))
+    quoted = re.findall(r"([\d.]+)× \(([\d.]+) to ([\d.]+)\) at", " ".join(README.split()))
+    ratios = [row["speedup"] for row in report["measurements"] if row["speedup"]]
+    assert quoted == [tuple(f"{ratio[name]:.2f}" for name in ("ratio", "low", "high")) for ratio in ratios]
+    assert len(quoted) == 2
+    macs = report["structured"]["macs"]
+    assert 0.49 < macs["kept"] / macs["dense"] <= 0.5
+
+
 def test_readme_names_every_command_and_links_to_what_exists() -> None:
     listed = subprocess.run(
         [sys.executable, "-m", "cli", "--help"], cwd=ROOT, env=environment(), capture_output=True, text=True, check=True

@@ -12,6 +12,31 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Where a transformer block has its heads and its neurons; names below the block, for pst/structured."""
+
+    block: re.Pattern[str]
+    """Matches (search) the full name of each block."""
+    attention: str
+    """The module that counts its heads and states their width."""
+    attention_inputs: tuple[str, ...]
+    """The linears whose outputs hold the heads, one after another: queries first."""
+    attention_output: str
+    """The linear whose inputs do."""
+    feed_forward_inputs: tuple[str, ...]
+    """The linears whose outputs are the neurons, multiplied with each other where there are several."""
+    feed_forward_output: str
+    fused: int = 1
+    """Matrices side by side in each of attention_inputs."""
+    crossed: str = ""
+    """Ending of the name of a block's second attention, which no unit covers; such a block is refused."""
+    neurons_field: str = "intermediate_size"
+    """The field of config.json that says how many neurons each layer has."""
+    heads_fields: tuple[str, str] | None = None
+    """The fields for heads of queries, and of keys and values, where the width of a head is a field by itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Architecture:
     """How to find the prunable weights of a model by the names of its modules."""
 
@@ -21,6 +46,8 @@ class Architecture:
     """Reduction axis of those weights as stored: 1 for nn.Linear (n x k), 0 for GPT-2's Conv1D (k x n)."""
     fused: Mapping[str, int] = field(default_factory=dict)
     """Name endings of modules that hold several matrices side by side along the output axis, and how many."""
+    layout: Layout | None = None
+    """Where heads and neurons are; None where nobody has said so, and pattern structured is refused."""
 
     def parts(self, module_name: str) -> int:
         """How many matrices the module's weight holds, each of which gets a mask of its own."""

@@ -7,8 +7,17 @@ with each other, output by output, so a neuron is a row of both and a column of 
 
 import re
 
-from pst.models import Architecture
+from pst.models import Architecture, Layout
 
 ARCHITECTURE = Architecture(
     prunable=re.compile(r"layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)$"),
+    layout=Layout(
+        block=re.compile(r"layers\.\d+$"),
+        attention="self_attn",
+        attention_inputs=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        attention_output="self_attn.o_proj",
+        feed_forward_inputs=("mlp.gate_proj", "mlp.up_proj"),
+        feed_forward_output="mlp.down_proj",
+        heads_fields=("num_attention_heads", "num_key_value_heads"),
+    ),
 )

@@ -51,7 +51,7 @@ class Subject:
     pattern: str | None
     """None where the artifact does not say."""
     sparsity: float | None
-    """Share of zeros in the pruned weights, 0 to 1."""
+    """Share of zeros in the pruned weights, 0 to 1; of pattern structured, of what was removed."""
     size_bytes: int
     load_ms: float
     accuracy: Accuracy | None
@@ -59,6 +59,8 @@ class Subject:
     @property
     def is_sparse(self) -> bool:
         """Whether it is said, or was counted, to hold zeros to speak of."""
+        if self.pattern == "structured":  # what was removed is no zero
+            return False
         return self.pattern not in (None, "dense") or (self.sparsity or 0.0) >= SPARSE_FROM
 
 

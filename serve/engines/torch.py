@@ -89,7 +89,8 @@ class TorchEngine:
 def _load_model(torch: Any, transformers: Any, folder: Path) -> Any:
     transformers.utils.logging.disable_progress_bar()
     try:
-        model, loading = transformers.AutoModelForSequenceClassification.from_pretrained(
+        model, loading = importlib.import_module("pst.structured.storage").from_pretrained(
+            "AutoModelForSequenceClassification",
             folder,
             dtype=torch.float32,
             local_files_only=True,

@@ -96,7 +96,9 @@ def test_a_model_and_data_are_needed(missing: str) -> None:
 def test_unknown_method_and_pattern_list_the_known_ones() -> None:
     with pytest.raises(ConfigError, match=r"Unknown method 'lottery'; use one of dense, .*pst"):
         config(method="lottery").filled()
-    with pytest.raises(PatternError, match=r"Unknown pattern 'foo'; use one of 2:4, block:4x4, unstructured"):
+    with pytest.raises(
+        PatternError, match=r"Unknown pattern 'foo'; use one of 2:4, block:4x4, structured, unstructured"
+    ):
         config(pattern="foo").filled()
     with pytest.raises(PatternError, match="Pattern '4:2' is not usable"):
         config(pattern="4:2").filled()

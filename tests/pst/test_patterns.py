@@ -268,7 +268,9 @@ def test_a_pattern_that_is_no_use_is_refused(spec: str) -> None:
     "spec", ["foo", "", "2-4", " 2:4", "2:4:8", "-2:4", "block", "block:4", "Unstructured", "dense"]
 )
 def test_an_unknown_pattern_lists_the_known_ones(spec: str) -> None:
-    with pytest.raises(PatternError, match=rf"Unknown pattern '{spec}'; use one of 2:4, block:4x4, unstructured\."):
+    with pytest.raises(
+        PatternError, match=rf"Unknown pattern '{spec}'; use one of 2:4, block:4x4, structured, unstructured\."
+    ):
         parse_pattern(spec)
 
 

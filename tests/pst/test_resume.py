@@ -48,8 +48,15 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Interrupt:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"method": "dense"}, {"method": "magnitude", "mask_every": 3}, {"faithful": True}, {"pattern": "2:4"}],
-    ids=["pst", "dense", "magnitude", "faithful", "2:4"],
+    [
+        {},
+        {"method": "dense"},
+        {"method": "magnitude", "mask_every": 3},
+        {"faithful": True},
+        {"pattern": "2:4"},
+        {"pattern": "structured", "sparsity": 0.5},
+    ],
+    ids=["pst", "dense", "magnitude", "faithful", "2:4", "structured"],
 )
 @pytest.mark.parametrize("base", ["tiny_bert", "tiny_gpt2"])
 def test_every_step_is_a_place_to_stop(
