@@ -175,15 +175,15 @@ def refuse_existing(target: Path, *, overwrite: bool) -> None:
 
 
 def refuse_language_model(folder: Path) -> None:
-    """Raise ModelError where *folder* holds a causal language model, which no command takes that wants labels."""
+    """Raise ModelError where *folder* holds a causal language model, which is used as its artifact, not as it is."""
     try:
         named = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or []
     except (OSError, ValueError, AttributeError):
         return  # whoever reads it for real says what is wrong
     if any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in named):
         raise ModelError(
-            f"{folder} is a causal language model ({named[0]}); eval, bench and serve take classifiers so far. "
-            "Generate with it in transformers (AutoModelForCausalLM.from_pretrained), or export it with pst export."
+            f"{folder} is a causal language model ({named[0]}); eval, bench and serve take its artifact, which pst "
+            "export makes. In transformers, AutoModelForCausalLM.from_pretrained opens it as it is."
         )
 
 

@@ -47,6 +47,8 @@ class Classifier:
 
     def __init__(self, path: Path, *, engine: str = "auto", threads: int = 0, verify: bool = False) -> None:
         self.folder: ModelFolder = describe(path, verify=verify)
+        if self.folder.task == "text_generation":
+            raise ModelError(f"{path} is a language model; give a classifier or regressor.")
         self.encoder = TextEncoder(self.folder.path, max_length=self.folder.max_length)
         self.engine = open_engine(self.folder.path, engine=engine, threads=threads)
         if "logits" not in self.engine.outputs:

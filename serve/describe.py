@@ -8,7 +8,7 @@ file.onnx       nothing but max_positions and vocab_size, where a config.json li
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 from export import manifest
 from pst.errors import ArtifactError, ModelError
@@ -17,10 +17,15 @@ from pst.files import read_json, refuse_language_model, resolve_model
 # These models number positions from pad_token_id + 1, so that many of the table's rows cannot be used.
 OFFSET_POSITIONS = frozenset({"roberta", "xlm-roberta", "camembert", "longformer", "mpnet"})
 
+Task = Literal["classification", "regression", "text_generation"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFolder:
-    """A classifier or regressor on disk. Fields that only a config.json or an export.json tells may be empty."""
+    """A classifier, a regressor or a language model on disk.
+
+    Fields that only a config.json or an export.json tells may be empty.
+    """
 
     path: Path
     """The folder that holds the tokenizer: of a run, its model folder."""
@@ -28,10 +33,10 @@ class ModelFolder:
     kind: Literal["model", "artifact"]
     file: Path
     """model.onnx or the weights."""
-    task: Literal["classification", "regression"]
+    task: Task
     labels: tuple[str, ...]
     max_length: int
-    """Tokens that one input is cut to."""
+    """Tokens that one input is cut to; of text_generation, the most that prompt and answer have together."""
     pattern: str | None
     """``dense``, ``unstructured``, ``2:4`` ...; None where no sparsity.json or export.json says."""
     sparsity: float | None
@@ -90,7 +95,7 @@ def _labels(config: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(str(name) for _, name in sorted(names.items(), key=lambda item: int(item[0])))
 
 
-def _task(config: Mapping[str, Any], labels: tuple[str, ...]) -> Literal["classification", "regression"]:
+def _task(config: Mapping[str, Any], labels: tuple[str, ...]) -> Task:
     if config.get("problem_type") == "regression" or (config.get("problem_type") is None and len(labels) == 1):
         return "regression"
     return "classification"
@@ -103,7 +108,8 @@ def _name(path: Path) -> str:
 def describe(path: Path, *, verify: bool = False) -> ModelFolder:
     """Read *path*: a run, model or artifact folder. *verify* also compares an artifact's files with their SHA-256.
 
-    Raises ArtifactError where it does not exist or is damaged, ModelError where it holds no model.
+    Raises ArtifactError where it does not exist or is damaged, ModelError where it holds no model, or a language model
+    that is not exported.
     """
     if not path.exists():
         raise ArtifactError(f"{path} does not exist; give a run, model or artifact folder.")
@@ -142,13 +148,12 @@ def _describe_artifact(folder: Path, *, verify: bool) -> ModelFolder:
     task, max_length, pattern, sparsity = _task(config, labels), _max_length(folder, {}), None, None
     if (folder / "export.json").is_file():
         made = manifest.load(folder, verify=verify)
-        if made.task not in ("classification", "regression"):
+        if made.task not in get_args(Task):
             raise ModelError(
-                f"{folder} was exported for {made.task}; eval, bench and serve take classifiers and regressors so far. "
-                "Open its model.onnx in ONNX Runtime or Optimum, or export a model for sequence classification."
+                f"{folder} was exported for {made.task}; eval, bench and serve take classifiers, regressors and "
+                "language models so far. Open its model.onnx in ONNX Runtime or Optimum."
             )
-        labels, max_length = tuple(made.labels), made.max_length
-        task = "regression" if made.task == "regression" else "classification"
+        task, labels, max_length = cast("Task", made.task), tuple(made.labels), made.max_length
         pattern, sparsity = made.pattern, made.sparsity.get("measured")
     return ModelFolder(
         path=folder,

@@ -18,11 +18,12 @@ import numpy as np
 from export import manifest
 from pst.errors import ArtifactError, ConfigError, DataError, ModelError
 from pst.files import read_json
-from serve.engines import Array, TensorSpec, open_engine
+from serve.continuation import Continuation
+from serve.decoding import REMEDY, Decoding, cache_inputs
+from serve.describe import ModelFolder, describe
+from serve.engines import open_engine
+from serve.sampling import Sampling
 from serve.text import TextEncoder
-
-PAST, PRESENT = "past_key_values.", "present."
-_REMEDY = "export the model again."
 
 
 class Generator:
@@ -36,64 +37,77 @@ class Generator:
         made = manifest.load(path, verify=verify)
         if made.task != "text_generation":
             raise ModelError(f"{path} was exported for {made.task}; give the artifact of a causal language model.")
+        self.folder: ModelFolder = describe(path)
         self.max_length = made.max_length
         """Tokens that a prompt and its answer may have together."""
         self.eos_ids = _eos_ids(path)
         """Tokens that end an answer; a text has one of them at most, as its last."""
-        self.encoder = TextEncoder(path, max_length=made.max_length)
+        self.encoder = TextEncoder(path, max_length=None)
         self._pad_id = made.pad_token_id
         self.engine = open_engine(path, engine=engine, threads=threads)
-        self._past = {name: spec for name, spec in self.engine.inputs.items() if name.startswith(PAST)}
-        if not self._past or "position_ids" not in self.engine.inputs:
+        if not cache_inputs(self.engine.inputs):
             self.engine.close()
-            raise ArtifactError(f"{path} holds a graph without a key/value cache; {_REMEDY}")
+            raise ArtifactError(f"{path} holds a graph without a key/value cache; {REMEDY}")
+
+    def decoding(self) -> Decoding:
+        """A cache without rows."""
+        return Decoding(self.engine, pad_id=self._pad_id)
 
     def generate(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int) -> list[list[int]]:
         """The tokens that follow each of *prompts* (token ids), up to and with an end-of-text token, decoded together.
 
         Raises ConfigError for *max_new_tokens* below 1, DataError for an empty prompt or one that leaves no room.
         """
-        self._check(prompts, max_new_tokens)
+        for index, prompt in enumerate(prompts):
+            self.check(len(prompt), max_new_tokens, name=f"Prompt {index}")
         if not prompts:
             return []
-        longest = max(map(len, prompts))
-        ids = np.full((len(prompts), longest), self._pad_id, dtype=np.int64)
-        mask = np.zeros_like(ids)
-        for place, prompt in enumerate(prompts):
-            ids[place, longest - len(prompt) :], mask[place, longest - len(prompt) :] = prompt, 1
-        positions = np.maximum(mask.cumsum(axis=1) - 1, 0)
-        past = {name: _empty(spec, len(prompts)) for name, spec in self._past.items()}
-        answers: list[list[int]] = [[] for _ in prompts]
+        decoding, answers = self.decoding(), [list[int]() for _ in prompts]
         open_rows = np.arange(len(prompts))  # (rows,) the answers that have not ended
+        logits = decoding.join(prompts)
         for step in range(max_new_tokens):
-            feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-            outputs = self.engine.infer(feeds | past)
-            chosen = outputs["logits"][:, -1].argmax(axis=-1)  # (rows,)
+            chosen = logits.argmax(axis=-1)  # (rows,)
             for row, token in zip(open_rows, chosen, strict=True):
                 answers[row].append(int(token))
             going = ~np.isin(chosen, self.eos_ids)
             if step + 1 == max_new_tokens or not going.any():
                 break
-            past = {name: _rows(outputs[name.replace(PAST, PRESENT, 1)], going) for name in past}
-            ids, open_rows = chosen[going, None].astype(np.int64), open_rows[going]
-            positions = positions[going, -1:] + 1
-            mask = np.concatenate([mask[going], np.ones_like(ids)], axis=1)
+            decoding.keep(going)
+            open_rows = open_rows[going]
+            logits = decoding.step(chosen[going])
         return answers
 
     def complete(self, texts: Sequence[str], *, max_new_tokens: int) -> list[str]:
         """The text that follows each of *texts*, without special tokens; see generate."""
-        prompts = [row.ids.tolist() for row in self.encoder.tokenize(texts)] if texts else []
-        return self.encoder.decode(self.generate(prompts, max_new_tokens=max_new_tokens))
+        return self.encoder.decode(self.generate(self.tokenize(texts), max_new_tokens=max_new_tokens))
 
-    def _check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """The token ids of prompts, however long. Raises DataError for a text without any."""
+        return [row.ids.tolist() for row in self.encoder.tokenize(texts)] if texts else []
+
+    def begin(
+        self, prompt: Sequence[int], *, max_new_tokens: int, stop: Sequence[str] = (), sampling: Sampling | None = None
+    ) -> Continuation:
+        """The answer to *prompt*, of no tokens yet; whoever has a decoding of this model takes them. See generate."""
+        self.check(len(prompt), max_new_tokens)
+        return Continuation(
+            prompt,
+            max_new_tokens=max_new_tokens,
+            eos_ids=self.eos_ids,
+            decode=lambda tokens: self.encoder.decode([tokens])[0],
+            stop=stop,
+            sampling=sampling,
+        )
+
+    def check(self, length: int, max_new_tokens: int, *, name: str = "The prompt") -> None:
+        """Raise ConfigError or DataError, naming the prompt, unless one of *length* tokens and its answer fit."""
         if max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
-        for index, prompt in enumerate(prompts):
-            if not 0 < len(prompt) <= self.max_length - max_new_tokens:
-                raise DataError(
-                    f"Prompt {index} has {len(prompt)} tokens; with {max_new_tokens} new ones it must have 1 to "
-                    f"{self.max_length - max_new_tokens}, since the model takes {self.max_length} in all."
-                )
+        if not 0 < length <= self.max_length - max_new_tokens:
+            raise DataError(
+                f"{name} has {length} tokens; with {max_new_tokens} new ones it must have 1 to "
+                f"{self.max_length - max_new_tokens}, since the model takes {self.max_length} in all."
+            )
 
     def close(self) -> None:
         """Free the model; safe to call twice."""
@@ -113,19 +127,6 @@ def _eos_ids(folder: Path) -> list[int]:
     found: Any = None
     for name in ("generation_config.json", "config.json"):
         if found is None and (folder / name).is_file():
-            settings: Mapping[str, Any] = read_json(folder / name, ModelError, _REMEDY)
+            settings: Mapping[str, Any] = read_json(folder / name, ModelError, REMEDY)
             found = settings.get("eos_token_id")
     return [] if found is None else [int(token) for token in (found if isinstance(found, list) else [found])]
-
-
-def _empty(spec: TensorSpec, batch_size: int) -> Array:
-    """A cache of no tokens: (batch_size, heads, 0, width)."""
-    sizes = [size for size in spec.shape if isinstance(size, int)]
-    if len(spec.shape) != 4 or len(sizes) != 2:
-        raise ArtifactError(f"Input {spec.name} has the shape {spec.shape}, which no key/value cache has; {_REMEDY}")
-    return np.zeros((batch_size, sizes[0], 0, sizes[1]), dtype=spec.dtype)
-
-
-def _rows(cache: Array, going: Array) -> Array:
-    """The rows that go on, without a copy where all do."""
-    return cache if going.all() else cache[going]

@@ -35,10 +35,12 @@ class Tokens:
 class TextEncoder:
     """The tokenizer of a model or artifact folder. Safe to share between threads once made.
 
+    Texts are cut to *max_length* tokens; None leaves them whole.
+
     Raises ModelError where *folder* holds no usable tokenizer.json, EngineError where tokenizers is not installed.
     """
 
-    def __init__(self, folder: Path, *, max_length: int) -> None:
+    def __init__(self, folder: Path, *, max_length: int | None) -> None:
         file = folder / "tokenizer.json"
         if not file.is_file():
             raise ModelError(f"{folder} holds no tokenizer.json; {REMEDY}")
@@ -58,6 +60,9 @@ class TextEncoder:
         self.padding_side = settings.get("padding_side") or padding.get("direction") or "right"
         self.pad_id = self._pad_id(folder, settings, padding)
         self._tokenizer.no_padding()
+        if max_length is None:
+            self._tokenizer.no_truncation()
+            return
         try:
             self._tokenizer.enable_truncation(
                 max_length=max_length,

@@ -1,1 +1,1 @@
-"""The server in three parts that do not know each other: transport (app), batcher, and an engine (in a Classifier)."""
+"""The server in parts that do not know each other: transport (app), a worker (batcher or scheduler), and a model."""

@@ -11,7 +11,9 @@ from serve.http.server import serve
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse, serve until a signal, and return the exit code: 0 after a clean stop, 2 for a user's error."""
-    parser = argparse.ArgumentParser(prog="python -m serve.http", description="Serve an exported classifier over HTTP.")
+    parser = argparse.ArgumentParser(
+        prog="python -m serve.http", description="Serve an exported classifier or language model over HTTP."
+    )
     parser.add_argument("path", type=Path, help="artifact folder that pst export wrote")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on; 0 takes a free one")

@@ -1,17 +1,17 @@
-"""The HTTP transport: paths, bodies and statuses. What is answered comes from a Service.
+"""The HTTP transport: health, the model's description, and one path to ask, whatever the model's Service says there.
 
     GET  /v2/health/live           200 once the process listens
     GET  /v2/health/ready          200 once the model is loaded and warm, 503 before and while stopping
     GET  /v2/models/{name}         the model's inputs, outputs, labels and sparsity
     GET  /v2/models/{name}/ready   readiness of this model
-    POST /v1/classify              {"text": "..."} or {"text": ["...", ...]}; for pairs "text_pair" in the same form
-                                   -> {"model": name, "predictions": [{"label", "score", "scores"} or {"value"}, ...]}
+    POST /v1/classify              of a classifier: serve/http/classify.py
+    POST /v1/generate              of a language model: serve/http/generate.py
 
-A text longer than the model's max_length is cut, as in training. An empty text is refused: its answer would mean
-nothing. The health and model paths are those of the Open Inference Protocol, version 2.
+The health and model paths are those of the Open Inference Protocol, version 2.
 """
 
 import json
+from collections.abc import Collection
 from typing import Any, Protocol
 
 from starlette.applications import Starlette
@@ -20,26 +20,30 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Lifespan
 
-from serve.classify import Prediction
 from serve.http.errors import HANDLERS, RequestError, error_response, unavailable
 
 MAX_BODY_BYTES = 1 << 20
-FIELDS = ("text", "text_pair")
-TextPair = tuple[str, str | None]
 
 
 class Service(Protocol):
-    """What the transport needs of a model. ``ask`` may raise DataError, QueueFullError and ClosedError."""
+    """What the transport needs of a model."""
 
     name: str
-    max_texts: int
+    path: str
+    """Where it is asked by POST."""
 
     @property
     def ready(self) -> bool: ...
 
     def metadata(self) -> dict[str, Any]: ...
 
-    async def ask(self, texts: list[TextPair]) -> list[Prediction]: ...
+    def parse(self, body: bytes) -> Any:
+        """The question in a body. Raises RequestError."""
+        ...
+
+    async def respond(self, question: Any, request: Request) -> Response:
+        """The answer to what parse gave. May raise RequestError, DataError, QueueFullError and ClosedError."""
+        ...
 
 
 def create_app(service: Service, *, lifespan: Lifespan[Starlette] | None = None) -> Starlette:
@@ -59,19 +63,16 @@ def create_app(service: Service, *, lifespan: Lifespan[Starlette] | None = None)
             return _unknown(request, service)
         return JSONResponse(service.metadata()) if service.ready else unavailable(not_ready)
 
-    async def classify(request: Request) -> Response:
-        texts = parse_texts(await read_body(request), max_texts=service.max_texts)
-        if not service.ready:
-            return unavailable(not_ready)
-        predictions = await service.ask(texts)
-        return JSONResponse({"model": service.name, "predictions": [answer.to_json() for answer in predictions]})
+    async def ask(request: Request) -> Response:
+        question = service.parse(await read_body(request))
+        return await service.respond(question, request) if service.ready else unavailable(not_ready)
 
     routes = [
         Route("/v2/health/live", live),
         Route("/v2/health/ready", ready),
         Route("/v2/models/{name}", model),
         Route("/v2/models/{name}/ready", ready),
-        Route("/v1/classify", classify, methods=["POST"]),
+        Route(service.path, ask, methods=["POST"]),
     ]
     return Starlette(routes=routes, exception_handlers=HANDLERS, lifespan=lifespan)
 
@@ -94,38 +95,35 @@ async def read_body(request: Request) -> bytes:
     return bytes(body)
 
 
-def parse_texts(body: bytes, *, max_texts: int) -> list[TextPair]:
-    """The texts, or pairs, of a request's JSON; raises RequestError that says what is wrong with it."""
+def parse_object(body: bytes, *, fields: Collection[str]) -> dict[str, Any]:
+    """A body's JSON object, all keys among *fields*; raises RequestError that says what is wrong with it."""
     try:
         request = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise RequestError('The body is not JSON; send {"text": "..."}.') from error
     if not isinstance(request, dict):
         raise RequestError('The body must be a JSON object such as {"text": "..."}.')
-    unknown = [key for key in request if key not in FIELDS]
+    unknown = [key for key in request if key not in fields]
     if unknown:
-        raise RequestError(f"The field {unknown[0]!r} is unknown; the fields are text and text_pair.")
-    if "text" not in request:
-        raise RequestError('The field text is missing; send {"text": "..."}.')
-    first = _strings(request["text"], "text")
-    if len(first) > max_texts:
-        raise RequestError(f"{len(first)} texts are too many for one request; send {max_texts} at most.")
-    if "text_pair" not in request:
-        return [(text, None) for text in first]
-    second = _strings(request["text_pair"], "text_pair")
-    if len(second) != len(first) or isinstance(request["text"], str) != isinstance(request["text_pair"], str):
-        raise RequestError("text and text_pair must have the same form: two strings, or two lists of the same length.")
-    return list(zip(first, second, strict=True))
+        *names, last = fields
+        raise RequestError(f"The field {unknown[0]!r} is unknown; the fields are {', '.join(names)} and {last}.")
+    return request
 
 
-def _strings(value: object, field: str) -> list[str]:
+def parse_strings(value: object, field: str, *, most: int, blank: bool = False) -> list[str]:
+    """The text or texts of a field, *most* at most; raises RequestError for what is none, empty or no Unicode.
+
+    *blank*: white space alone is a text as well.
+    """
     values: list[Any] = value if isinstance(value, list) else [value]
     if not values:
         raise RequestError(f"The field {field} is an empty list; send at least one text.")
+    if len(values) > most:
+        raise RequestError(f"{len(values)} texts are too many for one request; send {most} at most.")
     for text in values:
         if not isinstance(text, str):
             raise RequestError(f"The field {field} must be a string or a list of strings.")
-        if not text.strip():
+        if not (text if blank else text.strip()):
             raise RequestError(f"The field {field} holds an empty text; send one with words.")
         try:
             text.encode("utf-8")

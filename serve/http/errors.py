@@ -14,6 +14,8 @@ from starlette.responses import JSONResponse, Response
 from pst.errors import DataError
 from serve.http.batcher import ClosedError, QueueFullError
 
+FAILED = "The server failed to answer; its log says why."
+
 
 class RequestError(Exception):
     """The client's request cannot be answered; *status* is 400 unless said."""
@@ -66,7 +68,7 @@ def _gone(request: Request, error: Exception) -> Response:
 
 
 def _defect(request: Request, error: Exception) -> Response:
-    return error_response(500, "The server failed to answer; its log says why.")
+    return error_response(500, FAILED)
 
 
 HANDLERS = {

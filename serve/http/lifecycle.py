@@ -6,6 +6,7 @@ import signal
 import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
@@ -34,7 +35,7 @@ class _Server(uvicorn.Server):
                 signal.signal(number, handler)
 
 
-async def run(service: ModelService, listener: socket.socket, *, address: str) -> None:
+async def run(service: ModelService[Any, Any], listener: socket.socket, *, address: str) -> None:
     """Serve on a listening socket until a signal; raises what the loading of the model raised."""
     failures: list[BaseException] = []
 

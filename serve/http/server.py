@@ -7,10 +7,12 @@ import importlib.util
 import socket
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from pst.errors import ConfigError, EngineError
 from serve.classify import Classifier
 from serve.describe import describe
+from serve.generate import Generator
 from serve.http.batcher import BatchOptions
 
 PACKAGES = ("starlette", "uvicorn")
@@ -71,10 +73,16 @@ def serve(
     for package in PACKAGES:
         if importlib.util.find_spec(package) is None:
             raise EngineError(f'The package {package} is not installed; run: pip install "sparse-pst[cpu]".')
+    from serve.http.classify import ClassifyService
+    from serve.http.generate import GenerateService
     from serve.http.lifecycle import run
-    from serve.http.service import ModelService
 
-    name = describe(path).name
+    folder = describe(path)
+    opened: dict[str, Any] = {"engine": engine, "threads": threads, "verify": True}
     with contextlib.closing(bind(host, port)) as listener:
-        service = ModelService(name, partial(Classifier, path, engine=engine, threads=threads, verify=True), options)
+        service: ClassifyService | GenerateService
+        if folder.task == "text_generation":
+            service = GenerateService(folder.name, partial(Generator, path, **opened), options)
+        else:
+            service = ClassifyService(folder.name, partial(Classifier, path, **opened), options)
         asyncio.run(run(service, listener, address=address_of(listener)))

@@ -1,13 +1,16 @@
-"""One loaded classifier behind a batcher: what the transport asks."""
+"""One loaded model and the worker that its requests share: what is the same for every task."""
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
-from serve.classify import Classifier, Prediction
-from serve.engines import TensorSpec
-from serve.http.app import TextPair
-from serve.http.batcher import Batcher, BatchOptions, ClosedError
+from starlette.requests import Request
+from starlette.responses import Response
+
+from serve.describe import ModelFolder
+from serve.engines import Engine, TensorSpec
+from serve.http.batcher import BatchOptions, ClosedError
 
 DATATYPES = {
     "int64": "INT64",
@@ -20,50 +23,100 @@ DATATYPES = {
 """numpy's type names in the Open Inference Protocol's words."""
 
 
-class ModelService:
-    """Loads a classifier in the background and answers through a batcher. Implements serve.http.app.Service."""
+class Model(Protocol):
+    """A Classifier or a Generator."""
 
-    def __init__(self, name: str, load: Callable[[], Classifier], options: BatchOptions) -> None:
+    folder: ModelFolder
+    engine: Engine
+
+    def close(self) -> None: ...
+
+
+class Worker(Protocol):
+    """A Batcher or a Scheduler."""
+
+    def start(self) -> None: ...
+
+    async def close(self) -> None:
+        """Finish what was accepted, and end."""
+        ...
+
+
+ModelType = TypeVar("ModelType", bound=Model)
+WorkerType = TypeVar("WorkerType", bound=Worker)
+
+
+class ModelService(ABC, Generic[ModelType, WorkerType]):
+    """Loads a model in the background and answers through a worker. Implements serve.http.app.Service."""
+
+    path: str
+
+    def __init__(self, name: str, load: Callable[[], ModelType], options: BatchOptions) -> None:
         self.name = name
-        self.max_texts = options.max_queue_size
+        self.options = options
         self._load = load
-        self._options = options
-        self._classifier: Classifier | None = None
-        self._batcher: Batcher[TextPair, Prediction] | None = None
+        self._model: ModelType | None = None
+        self._worker: WorkerType | None = None
         self._closing = False
+
+    @abstractmethod
+    def warm_up(self, model: ModelType) -> None:
+        """The first inferences, off the event loop."""
+
+    @abstractmethod
+    def make_worker(self, model: ModelType) -> WorkerType:
+        """Not started yet."""
+
+    @abstractmethod
+    def parse(self, body: bytes) -> Any:
+        """See serve.http.app.Service."""
+
+    @abstractmethod
+    async def respond(self, question: Any, request: Request) -> Response:
+        """See serve.http.app.Service."""
+
+    @abstractmethod
+    def parameters(self, model: ModelType) -> dict[str, Any]:
+        """What the task adds to the metadata's parameters."""
 
     @property
     def ready(self) -> bool:
         """Whether the model is loaded and one inference has been made."""
-        return self._batcher is not None and not self._closing
+        return self._worker is not None and not self._closing
+
+    @property
+    def model(self) -> ModelType:
+        """Raises ClosedError before it is loaded."""
+        if self._model is None:
+            raise ClosedError
+        return self._model
+
+    @property
+    def worker(self) -> WorkerType:
+        """Raises ClosedError before it has started."""
+        if self._worker is None:
+            raise ClosedError
+        return self._worker
 
     async def start(self) -> None:
-        """Load the model and answer one text, off the event loop; raises what the loading raises."""
-        classifier = await asyncio.to_thread(self._load)
-        self._classifier = classifier
-        await asyncio.to_thread(classifier.predict, ["warm-up"])
-        batcher = Batcher[TextPair, Prediction](lambda texts: run_batch(classifier, texts), self._options)
-        batcher.start()
-        self._batcher = batcher
-
-    async def ask(self, texts: list[TextPair]) -> list[Prediction]:
-        """One prediction per text or pair."""
-        if self._batcher is None:
-            raise ClosedError
-        return await self._batcher.submit(texts)
+        """Load the model and warm it up, off the event loop; raises what the loading raises."""
+        self._model = await asyncio.to_thread(self._load)
+        await asyncio.to_thread(self.warm_up, self._model)
+        worker = self.make_worker(self._model)
+        worker.start()
+        self._worker = worker
 
     async def close(self) -> None:
         """Finish what was accepted, then free the model."""
         self._closing = True
-        if self._batcher is not None:
-            await self._batcher.close()
-        if self._classifier is not None:
-            self._classifier.close()
+        if self._worker is not None:
+            await self._worker.close()
+        if self._model is not None:
+            self._model.close()
 
     def metadata(self) -> dict[str, Any]:
         """The Open Inference Protocol's model metadata; ``parameters`` holds what it has no field for."""
-        assert self._classifier is not None, "asked only when ready"
-        folder, engine = self._classifier.folder, self._classifier.engine
+        folder, engine = self.model.folder, self.model.engine
         return {
             "name": self.name,
             "versions": [],
@@ -72,7 +125,7 @@ class ModelService:
             "outputs": [_tensor(spec) for spec in engine.outputs.values()],
             "parameters": {
                 "task": folder.task,
-                "labels": list(folder.labels),
+                **self.parameters(self.model),
                 "max_length": folder.max_length,
                 "pattern": folder.pattern,
                 "sparsity": folder.sparsity,
@@ -85,16 +138,3 @@ class ModelService:
 def _tensor(spec: TensorSpec) -> dict[str, Any]:
     shape = [length if isinstance(length, int) else -1 for length in spec.shape]
     return {"name": spec.name, "datatype": DATATYPES[spec.dtype], "shape": shape}
-
-
-def run_batch(classifier: Classifier, texts: list[TextPair]) -> list[Prediction]:
-    """Single texts and pairs may meet in one batch, but not in one inference: each kind has its own."""
-    results: list[Prediction | None] = [None] * len(texts)
-    single = [index for index, (_, second) in enumerate(texts) if second is None]
-    paired = [index for index, (_, second) in enumerate(texts) if second is not None]
-    for indices in (single, paired):
-        first = [texts[index][0] for index in indices]
-        second = None if indices is single else [texts[index][1] or "" for index in indices]
-        for index, prediction in zip(indices, classifier.predict(first, second), strict=True):
-            results[index] = prediction
-    return [prediction for prediction in results if prediction is not None]

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from ..decoders import make_decoder, prune
+
 
 @pytest.fixture(scope="session")
 def bert_artifact(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -34,3 +36,20 @@ def sparse_artifact(sparse_model: Callable[..., Path], tmp_path_factory: pytest.
     output = tmp_path_factory.mktemp("exported") / "bert-2of4"
     export(sparse_model("2:4"), output)
     return output
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
+    """``exported("gpt2")``: a tiny sparse decoder's folder, and its artifact. Read only."""
+    made: dict[str, tuple[Path, Path]] = {}
+
+    def make(kind: str) -> tuple[Path, Path]:
+        from export.pipeline import export
+
+        if kind not in made:
+            folder = prune(make_decoder(tmp_path_factory.mktemp(kind) / "model", kind), "2:4")
+            export(folder, folder.parent / "artifact")
+            made[kind] = folder, folder.parent / "artifact"
+        return made[kind]
+
+    return make

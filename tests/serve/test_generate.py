@@ -16,27 +16,10 @@ from serve.engines import open_engine
 from serve.generate import Generator
 
 from ..conftest import BAD, FILLER, GOOD
-from ..decoders import KINDS, make_decoder, prune
+from ..decoders import KINDS
 
 Pair = tuple[Path, Path]
 END = 3
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
-    """``exported("gpt2")``: a tiny sparse decoder's folder, and its artifact. Read only."""
-    made: dict[str, Pair] = {}
-
-    def make(kind: str) -> Pair:
-        from export.pipeline import export
-
-        if kind not in made:
-            folder = prune(make_decoder(tmp_path_factory.mktemp(kind) / "model", kind), "2:4")
-            export(folder, folder.parent / "artifact")
-            made[kind] = folder, folder.parent / "artifact"
-        return made[kind]
-
-    return make
 
 
 def reference(folder: Path, prompts: list[list[int]], *, new: int, **options: Any) -> list[list[int]]:

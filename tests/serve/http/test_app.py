@@ -9,19 +9,21 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.requests import Request
+from starlette.responses import Response
 
 from pst.errors import ConfigError
-from serve.classify import Classifier, Prediction
+from serve.classify import Classifier
 from serve.http.app import MAX_BODY_BYTES, create_app
 from serve.http.batcher import BatchOptions, ClosedError, QueueFullError
-from serve.http.service import ModelService
+from serve.http.classify import ClassifyService
 
 Body = dict[str, Any]
 
 
 @contextlib.asynccontextmanager
 async def client_of(artifact: Path, **options: Any) -> AsyncIterator[httpx.AsyncClient]:
-    service = ModelService("tiny", lambda: Classifier(artifact, threads=1), BatchOptions(**options))
+    service = ClassifyService("tiny", lambda: Classifier(artifact, threads=1), BatchOptions(**options))
     transport = httpx.ASGITransport(create_app(service))
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         await service.start()
@@ -135,7 +137,7 @@ class Stub:
     """A service that is not ready, or fails in a given way."""
 
     name = "stub"
-    max_texts = 8
+    path = "/v1/classify"
 
     def __init__(self, *, ready: bool = True, error: Exception | None = None) -> None:
         self.ready = ready
@@ -144,7 +146,10 @@ class Stub:
     def metadata(self) -> dict[str, Any]:
         return {}
 
-    async def ask(self, texts: list[tuple[str, str | None]]) -> list[Prediction]:
+    def parse(self, body: bytes) -> bytes:
+        return body
+
+    async def respond(self, question: bytes, request: Request) -> Response:
         assert self.error is not None
         raise self.error
 

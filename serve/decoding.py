@@ -1,0 +1,110 @@
+"""The key/value cache of sequences that a language model continues together (export/cache.py has the graph's names).
+
+    decoding = Decoding(engine, pad_id=0)
+    logits = decoding.join([[5, 6, 7], [8]])       # (2, vocabulary): scores of the token after each prompt
+    logits = decoding.step(logits.argmax(axis=-1))
+    decoding.keep(np.array([True, False]))         # the second has ended
+    logits = decoding.join([[9, 10]])              # (1, vocabulary): a new one, beside what goes on
+
+Rows are padded on the left, so that all of them end at the same place. What stands at padding is masked, and positions
+do not count it: a row's tokens do not depend on the others', but for rounding.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Self
+
+import numpy as np
+
+from pst.errors import ArtifactError
+from serve.engines import Array, Engine, TensorSpec
+
+PAST, PRESENT = "past_key_values.", "present."
+REMEDY = "export the model again."
+
+
+def cache_inputs(inputs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+    """The inputs that take the cache; none of a graph without one."""
+    return {name: spec for name, spec in inputs.items() if name.startswith(PAST)}
+
+
+def empty_cache(inputs: Mapping[str, TensorSpec], batch_size: int) -> dict[str, Array]:
+    """A cache of no tokens for each of cache_inputs: (batch_size, heads, 0, width). Raises ArtifactError."""
+    return {name: _empty(spec, batch_size) for name, spec in cache_inputs(inputs).items()}
+
+
+def _empty(spec: TensorSpec, batch_size: int) -> Array:
+    sizes = [size for size in spec.shape if isinstance(size, int)]
+    if len(spec.shape) != 4 or len(sizes) != 2:
+        raise ArtifactError(f"Input {spec.name} has the shape {spec.shape}, which no key/value cache has; {REMEDY}")
+    return np.zeros((batch_size, sizes[0], 0, sizes[1]), dtype=spec.dtype)
+
+
+class Decoding:
+    """Rows of a cache, which come and go between steps. Raises ArtifactError for a graph without a cache."""
+
+    def __init__(self, engine: Engine, *, pad_id: int) -> None:
+        if not cache_inputs(engine.inputs) or "position_ids" not in engine.inputs:
+            raise ArtifactError(f"The graph has no key/value cache; {REMEDY}")
+        self._engine, self._pad_id = engine, pad_id
+        self._past = empty_cache(engine.inputs, 0)  # each (rows, heads, P, width)
+        self._mask: Array = np.zeros((0, 0), dtype=np.int64)  # (rows, P), 0 for padding
+        self._positions: Array = np.zeros(0, dtype=np.int64)  # (rows,) of the next token
+
+    def __len__(self) -> int:
+        """The number of rows."""
+        return len(self._mask)
+
+    def copy(self) -> Self:
+        """The same rows once more; arrays are shared, since none is ever written to."""
+        other = type(self)(self._engine, pad_id=self._pad_id)
+        other._past, other._mask, other._positions = self._past, self._mask, self._positions
+        return other
+
+    def join(self, prompts: Sequence[Sequence[int]]) -> Array:
+        """Add a row for each of *prompts*, one or more, none empty; the scores of what follows them, (prompts, V)."""
+        longest = max(map(len, prompts))
+        ids = np.full((len(prompts), longest), self._pad_id, dtype=np.int64)
+        mask = np.zeros_like(ids)
+        for place, prompt in enumerate(prompts):
+            ids[place, longest - len(prompt) :], mask[place, longest - len(prompt) :] = prompt, 1
+        positions = np.maximum(mask.cumsum(axis=1) - 1, 0)
+        logits, past = self._run(ids, mask, positions, empty_cache(self._engine.inputs, len(prompts)))
+        if len(self):
+            length = max(self._mask.shape[1], longest)
+            both = (self._mask, mask)
+            mask = np.concatenate([_left_padded(each, length, axis=1) for each in both])
+            past = {
+                name: np.concatenate([_left_padded(each, length, axis=2) for each in (self._past[name], new)])
+                for name, new in past.items()
+            }
+        self._past, self._mask = past, mask
+        self._positions = np.concatenate([self._positions, positions[:, -1] + 1])
+        return logits
+
+    def step(self, tokens: Array) -> Array:
+        """Read one token of each row, (rows,) of whole numbers; the scores of what follows, (rows, V)."""
+        ids = tokens[:, None].astype(np.int64)
+        mask = np.concatenate([self._mask, np.ones_like(ids)], axis=1)
+        logits, self._past = self._run(ids, mask, self._positions[:, None], self._past)
+        self._mask, self._positions = mask, self._positions + 1
+        return logits
+
+    def keep(self, rows: Array) -> None:
+        """Drop all rows but those where *rows*, (rows,) of bool, is true, and what was padding for all that stay."""
+        if rows.all():
+            return
+        mask = self._mask[rows]
+        first = int(mask.any(axis=0).argmax()) if len(mask) else mask.shape[1]
+        self._past = {name: cache[rows, :, first:] for name, cache in self._past.items()}
+        self._mask, self._positions = mask[:, first:], self._positions[rows]
+
+    def _run(self, ids: Array, mask: Array, positions: Array, past: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+        outputs = self._engine.infer({"input_ids": ids, "attention_mask": mask, "position_ids": positions} | past)
+        return outputs["logits"][:, -1], {name: outputs[name.replace(PAST, PRESENT, 1)] for name in past}
+
+
+def _left_padded(value: Array, length: int, *, axis: int) -> Array:
+    """Zeros before *value*, so that it has *length* entries along *axis*."""
+    shape = list(value.shape)
+    shape[axis] = length - shape[axis]
+    return np.concatenate([np.zeros(shape, dtype=value.dtype), value], axis=axis) if shape[axis] else value
