@@ -441,11 +441,16 @@ def serve(
     engine: EngineName = "auto",
     max_batch_size: Annotated[int, typer.Option(min=1, help="Most texts per inference.")] = 16,
     max_queue_delay_ms: Annotated[
-        float, typer.Option(min=0, help="Most milliseconds that a text waits for others.")
+        float,
+        typer.Option(min=0, help="Most milliseconds that a text waits for others; with a language model none does."),
     ] = 1.0,
     max_queue_size: Annotated[int, typer.Option(min=1, help="Most texts that wait; then 503 is answered.")] = 512,
 ) -> None:
-    """Serve an artifact over HTTP: POST /v1/classify {"text": "..."}, GET /v2/health/ready. Stops on Ctrl-C."""
+    """Serve an artifact over HTTP: POST /v1/classify {"text": "..."}, GET /v2/health/ready. Stops on Ctrl-C.
+
+    A language model is asked at /v1/generate: {"text": "...", "max_new_tokens": 64}, and with "stream": true answers
+    token by token; "stop", "temperature", "top_p" and "seed" are there too.
+    """
     from serve.http.server import serve as run
 
     run(

@@ -21,13 +21,25 @@ def ask(
     question: dict[str, Any] = {"text": text if isinstance(text, str) else list(text)}
     if text_pair is not None:
         question["text_pair"] = text_pair if isinstance(text_pair, str) else list(text_pair)
+    return _post(f"{url.rstrip('/')}/v1/classify", question, timeout_s=timeout_s)
+
+
+def generate(url: str, text: str | Sequence[str], *, timeout_s: float = TIMEOUT_S, **options: Any) -> dict[str, Any]:
+    """POST *text* (one or several) to ``{url}/v1/generate``; the answer's JSON, with a list under ``generations``.
+
+    *options* are the request's other fields (serve/http/generate.py), stream excepted. Raises EngineError, see ask.
+    """
+    question = {"text": text if isinstance(text, str) else list(text), **options}
+    return _post(f"{url.rstrip('/')}/v1/generate", question, timeout_s=timeout_s)
+
+
+def _post(address: str, question: dict[str, Any], *, timeout_s: float) -> dict[str, Any]:
     request = urllib.request.Request(
-        f"{url.rstrip('/')}/v1/classify",
-        data=json.dumps(question).encode(),
-        headers={"Content-Type": "application/json"},
+        address, data=json.dumps(question).encode(), headers={"Content-Type": "application/json"}
     )
     # The server is named by its address: a proxy of the environment must not stand between.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    url = address.rpartition("/v1/")[0]
     try:
         with opener.open(request, timeout=timeout_s) as response:
             answer: dict[str, Any] = json.load(response)

@@ -17,9 +17,9 @@ LOGITS = np.random.default_rng(0).normal(0, 3, 200).astype(np.float32)
 @pytest.mark.parametrize("top_p", [0.01, 0.5, 0.9, 1.0])
 def test_probabilities_are_those_of_transformers(temperature: float, top_p: float) -> None:
     scores: Any = torch.from_numpy(LOGITS.astype(np.float64))[None]
-    scores = TemperatureLogitsWarper(temperature)(None, scores)  # type: ignore[arg-type]
+    scores = TemperatureLogitsWarper(temperature)(None, scores)
     if top_p < 1:
-        scores = TopPLogitsWarper(top_p)(None, scores)  # type: ignore[arg-type]
+        scores = TopPLogitsWarper(top_p)(None, scores)
     ours = nucleus(LOGITS, Sampling(temperature=temperature, top_p=top_p))
     np.testing.assert_allclose(ours, scores.softmax(-1)[0].numpy(), atol=1e-12)
 
