@@ -385,6 +385,7 @@ def bench(
     budget: Annotated[float, typer.Option(min=0.1, help="Most seconds for all shapes together.")] = 120.0,
     threads: Threads = 0,
     engine: EngineName = "auto",
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens that a language model writes after each prompt.")] = 32,
     data: DataOption = None,
     sets: DataSets = None,
     receipt: Annotated[
@@ -396,6 +397,7 @@ def bench(
 
     Writes report.json, report.md and report.html. With --data, real texts are measured too, and the accuracy stands
     beside. The receipt tells of every layer which kernel ran, for how long, and why it was not a sparse one.
+    Of language models the prompt and the tokens after it are measured apart.
     """
     from serve.bench.runner import bench as run
     from serve.bench.workload import parse_shapes
@@ -412,6 +414,7 @@ def bench(
         engine=engine,
         budget_s=budget,
         receipt=receipt,
+        new_tokens=new_tokens,
         overwrite=overwrite,
     )
     _show(report.render())

@@ -2,14 +2,14 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999")
 """Okabe and Ito's, which people with any colour vision can tell apart."""
 WIDTH, LEFT, RIGHT = 460, 70, 84
-ROW = 20
+ROW, LETTER = 20, 7
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,17 +46,17 @@ class Dot:
 
 def bars(items: Sequence[Bar], *, unit: str) -> str:
     """Horizontal bars, by group from top to bottom; each group has its own scale, since shapes differ by far."""
-    parts, y = list[str](), 4.0
+    parts, y, begin = list[str](), 4.0, _left(item.group for item in items)
     for group, each in itertools.groupby(items, key=lambda item: item.group):
         members = list(each)
-        scale = (WIDTH - LEFT - RIGHT) / max(max(item.value, item.until) for item in members)
+        scale = (WIDTH - begin - RIGHT) / max(max(item.value, item.until) for item in members)
         parts.append(
-            f'<text x="{LEFT - 10}" y="{y + ROW * len(members) / 2 + 4:.1f}" text-anchor="end">{escape(group)}</text>'
+            f'<text x="{begin - 10}" y="{y + ROW * len(members) / 2 + 4:.1f}" text-anchor="end">{escape(group)}</text>'
         )
         for item in members:
-            end, far, middle = LEFT + item.value * scale, LEFT + item.until * scale, y + ROW / 2
+            end, far, middle = begin + item.value * scale, begin + item.until * scale, y + ROW / 2
             parts.append(
-                f'<rect x="{LEFT}" y="{y + 3:.1f}" width="{item.value * scale:.1f}" height="{ROW - 6}" rx="2" '
+                f'<rect x="{begin}" y="{y + 3:.1f}" width="{item.value * scale:.1f}" height="{ROW - 6}" rx="2" '
                 f'fill="{item.color}"><title>{escape(item.label)}: {item.value:.3f} {unit}</title></rect>'
                 f'<path d="M{end:.1f} {middle:.1f}H{far:.1f}" stroke="{item.color}" stroke-width="2"/>'
                 f'<text x="{max(end, far) + 6:.1f}" y="{middle + 4:.1f}">{item.value:.2f} {unit}</text>'
@@ -70,15 +70,16 @@ def intervals(items: Sequence[Interval]) -> str:
     """Dots with their intervals on a logarithmic scale around 1."""
     ends = [value for item in items for value in (item.value, item.low, item.high) if value is not None]
     reach = max(0.1, *(abs(math.log2(value)) for value in ends)) * 1.15
-    middle = (LEFT + WIDTH - RIGHT) / 2
+    begin = _left(item.label for item in items)
+    middle = (begin + WIDTH - RIGHT) / 2
 
     def at(value: float) -> float:
-        return middle + math.log2(value) / reach * (WIDTH - RIGHT - LEFT) / 2
+        return middle + math.log2(value) / reach * (WIDTH - RIGHT - begin) / 2
 
     parts, y = [f'<path class="line" d="M{middle:.1f} 0V{ROW * len(items) + 6}" stroke-width="1"/>'], 4.0
     for item in items:
         line = y + ROW / 2
-        parts.append(f'<text x="{LEFT - 10}" y="{line + 4:.1f}" text-anchor="end">{escape(item.label)}</text>')
+        parts.append(f'<text x="{begin - 10}" y="{line + 4:.1f}" text-anchor="end">{escape(item.label)}</text>')
         if item.low is not None and item.high is not None:
             parts.append(
                 f'<path d="M{at(item.low):.1f} {line:.1f}H{at(item.high):.1f}" stroke="{item.color}" stroke-width="3"/>'
@@ -122,6 +123,11 @@ def dots(items: Sequence[Dot], *, x: str, y: str) -> str:
             f'<text x="{across(item.x) + 10:.1f}" y="{up(item.y) - 6:.1f}">{escape(item.label)}</text>'
         )
     return _svg("".join(parts), height=height, label=f"{y} against {x}")
+
+
+def _left(labels: Iterable[str]) -> int:
+    """Where plots begin, so that the longest label fits before them."""
+    return max(LEFT, 10 + LETTER * max(map(len, labels)))
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:

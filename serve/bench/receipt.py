@@ -87,7 +87,7 @@ class Receipt:
 def receipts(
     engines: Mapping[str, Engine], manifests: Mapping[str, Manifest], workloads: Sequence[Workload]
 ) -> tuple[Receipt, ...]:
-    """A receipt for each artifact that has a manifest and whose engine tells times, on each workload of one shape.
+    """A receipt for each artifact that has a manifest and whose engine tells times, on each inference of one shape.
 
     They run in turn, as for the latency. The first artifact is the baseline, whose times stand beside the others'. What
     cannot be had is said in a note.
@@ -95,7 +95,7 @@ def receipts(
     told = {
         name: engine for name, engine in engines.items() if name in manifests and isinstance(engine, ProfilingEngine)
     }
-    fixed = [workload for workload in workloads if workload.sequence is not None] if told else []
+    fixed = [each for each in workloads if each.sequence is not None and not each.new_tokens] if told else []
     found: list[Receipt] = []
     with progress("profile layers", len(fixed)) as advance:
         for workload in fixed:
@@ -121,7 +121,7 @@ def _profile(
     profilers = {name: engine.profiler() for name, engine in engines.items()}
     for _ in range(RUNS):
         for name, profiler in profilers.items():
-            profiler.run(workload.select(0, engines[name].inputs))
+            profiler.run(workload.feeds_of(0, engines[name].inputs))
     return {
         name: profiler.finish(weights=[weight.initializer for weight in manifests[name].weights])
         for name, profiler in profilers.items()

@@ -23,6 +23,12 @@ METHOD = (
     "median of the rounds is given with its 95% interval from order statistics; above 1 is faster than the baseline. "
     f"Ratios within {EQUAL_WITHIN:.0%} of 1 count as the same speed."
 )
+GENERATION = (
+    " A prompt is one inference with an empty key/value cache, up to the scores of the first new token. New tokens are "
+    "one inference each, after a prompt that was read before the clock started; the cache goes through host memory. "
+    "Each reads the likeliest token of the one before, and none ends the text."
+)
+"""What is added where language models were measured."""
 SPARSE_FROM = 0.05
 """Share of zeros from which a model counts as sparse though it names no pattern."""
 ZEROS = (
@@ -74,6 +80,18 @@ class Measurement:
     subject: str
     latency: Latency
     speedup: Speedup | None
+    new_tokens: int = 0
+    """Tokens of each row that the latency is the time of; 0 where it is that of one inference."""
+
+    @property
+    def per_token_ms(self) -> float | None:
+        """Median milliseconds from one new token of a row to the next."""
+        return self.latency.p50 / self.new_tokens if self.new_tokens else None
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """New tokens of all rows together in a second."""
+        return self.latency.throughput * self.new_tokens if self.new_tokens else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +108,11 @@ class Report:
         """One artifact's measurements, in the workloads' order."""
         return [entry for entry in self.measurements if entry.subject == subject]
 
+    @property
+    def method(self) -> str:
+        """What was timed, and how."""
+        return METHOD + (GENERATION if any(entry.new_tokens for entry in self.measurements) else "")
+
     def verdicts(self) -> list[str]:
         """One sentence for every artifact but the baseline."""
         baseline = self.subjects[0].name
@@ -100,7 +123,7 @@ class Report:
         return {
             "schema_version": SCHEMA_VERSION,
             "environment": self.environment,
-            "method": METHOD,
+            "method": self.method,
             "baseline": self.subjects[0].name,
             "artifacts": [dataclasses.asdict(subject) for subject in self.subjects],
             "measurements": [
@@ -111,6 +134,9 @@ class Report:
                     "sequence": entry.sequence,
                     "latency": entry.latency.to_json(),
                     "speedup": None if entry.speedup is None else entry.speedup.to_json(),
+                    "new_tokens": entry.new_tokens,
+                    "per_token_ms": entry.per_token_ms,
+                    "tokens_per_s": entry.tokens_per_s,
                 }
                 for entry in self.measurements
             ],
@@ -129,7 +155,7 @@ class Report:
         lines = ["# Latency report", ""]
         lines += [line for sentence in self.verdicts() for line in (sentence, "")]
         lines += ["## Artifacts", "", *_markdown_table(*_artifact_table(self)), ""]
-        lines += ["## Latency", "", *_markdown_table(*_latency_table(self)), "", METHOD, ""]
+        lines += ["## Latency", "", *_markdown_table(*_latency_table(self)), "", self.method, ""]
         for receipt in self.receipts:
             lines += [f"## Receipt of {receipt.artifact} at {receipt.workload}", "", summary(receipt), ""]
             lines += [*_markdown_table(*receipt_table(receipt)), ""]
@@ -213,30 +239,25 @@ def _artifact_table(report: Report) -> tuple[list[str], list[list[str]]]:
 
 
 def _latency_table(report: Report) -> tuple[list[str], list[list[str]]]:
-    header = [
-        "workload",
-        "artifact",
-        "p50 ms",
-        "p90 ms",
-        "p99 ms",
-        "mean ms",
-        "std ms",
-        "rows/s",
-        "runs",
-        "warm-up",
-        "ratio",
-    ]
+    generated = ["ms/token", "tokens/s"] if any(entry.new_tokens for entry in report.measurements) else []
+    numbers_of = ["p50 ms", "p90 ms", "p99 ms", "mean ms", "std ms", "rows/s"]
+    header = ["workload", "artifact", *numbers_of, *generated, "runs", "warm-up", "ratio"]
     workloads = list(dict.fromkeys(entry.workload for entry in report.measurements))
     rows = []
     for entry in sorted(report.measurements, key=lambda entry: workloads.index(entry.workload)):
         latency = entry.latency
         numbers = (latency.p50, latency.p90, latency.p99, latency.mean, latency.std)
+        tokens = [
+            "" if number is None else f"{number:.{digits}f}"
+            for number, digits in ((entry.per_token_ms, 3), (entry.tokens_per_s, 1))
+        ]
         rows.append(
             [
                 entry.workload,
                 entry.subject,
                 *(f"{number:.3f}" for number in numbers),
                 f"{latency.throughput:.1f}",
+                *(tokens if generated else ()),
                 str(len(latency.samples)),
                 str(latency.warmup),
                 "baseline" if entry.speedup is None else _ratio(entry.speedup),

@@ -14,7 +14,15 @@ from serve.bench.environment import environment
 from serve.bench.receipt import receipts
 from serve.bench.report import Accuracy, Measurement, Report, Subject
 from serve.bench.timing import Latency, compare, measure_in_turn
-from serve.bench.workload import Shape, Workload, check_shapes, random_workload, text_workload
+from serve.bench.workload import (
+    Shape,
+    Workload,
+    check_shapes,
+    generation_workloads,
+    random_workload,
+    text_workload,
+)
+from serve.decoding import Decoding, cache_inputs
 from serve.describe import ModelFolder, describe, vocab_size
 from serve.engines import Engine, available_cpus, open_engine
 from serve.evaluate import evaluate
@@ -34,6 +42,7 @@ def bench(
     engine: str = "auto",
     budget_s: float = 120.0,
     receipt: bool = True,
+    new_tokens: int = 32,
     overwrite: bool = False,
 ) -> Report:
     """Measure artifact folders, bare .onnx files or model folders against the first of them, the baseline.
@@ -41,14 +50,15 @@ def bench(
     *shapes*: batch x sequence. *warmup* and *runs*: inferences per artifact and shape; *budget_s*: seconds after which
     a shape stops early. *data*: also time real texts one by one, and give every artifact's accuracy.
     *receipt*: also profile each layer at each shape, where the engine can (serve/bench/receipt.py).
+    Of language models the prompt is timed, and *new_tokens* after it with the cache.
     Writes report.json, report.md and report.html to the folder *output*.
 
     Raises ConfigError, RunError where *output* is in the way, and what describe, open_engine and evaluate raise.
     """
     if not paths:
         raise ConfigError("There is nothing to measure; give at least one artifact folder.")
-    if warmup < 1 or runs < 1 or budget_s <= 0:
-        raise ConfigError("Give --warmup and --runs 1 or more, and a time budget above 0 seconds.")
+    if warmup < 1 or runs < 1 or budget_s <= 0 or new_tokens < 1:
+        raise ConfigError("Give --warmup, --runs and --new-tokens 1 or more, and a time budget above 0 seconds.")
     refuse_existing(output, overwrite=overwrite)
     threads = threads or available_cpus()
     names = unique_names(paths)
@@ -62,8 +72,9 @@ def bench(
         for name, path in names.items():
             engines[name] = stack.enter_context(open_engine(path, engine=engine, threads=threads))
             subjects.append(_subject(name, path, folders[name], engines[name], accuracy=accuracy.get(name)))
-        check_shapes(shapes, {name: opened.max_length for name, opened in engines.items()})
-        workloads = _workloads(shapes, names, folders, data)
+        new_tokens = new_tokens if _generate(engines) else 0
+        check_shapes(shapes, {name: opened.max_length for name, opened in engines.items()}, new_tokens=new_tokens)
+        workloads = _workloads(shapes, names, folders, data, new_tokens=new_tokens)
         measurements = _measure(engines, workloads, warmup=warmup, runs=runs, budget_s=budget_s)
         found = receipts(engines, _manifests(names), workloads) if receipt else ()
     report = Report(environment=machine, subjects=tuple(subjects), measurements=measurements, receipts=found)
@@ -126,16 +137,32 @@ def _accuracy(names: Mapping[str, Path], data: DataSpec | None, *, engine: str, 
     return found
 
 
+def _generate(engines: Mapping[str, Engine]) -> bool:
+    """Whether all of them are language models with a cache. Raises ConfigError where some are."""
+    found = [bool(cache_inputs(engine.inputs)) for engine in engines.values()]
+    if any(found) and not all(found):
+        raise ConfigError(
+            f"{list(engines)[found.index(True)]} is a language model, and {list(engines)[found.index(False)]} is not; "
+            "measure each kind for itself."
+        )
+    return any(found)
+
+
 def _workloads(
     shapes: Sequence[Shape],
     names: Mapping[str, Path],
     folders: Mapping[str, ModelFolder | None],
     data: DataSpec | None,
+    *,
+    new_tokens: int,
 ) -> list[Workload]:
     known = [folder for folder in folders.values() if folder is not None]
     sizes = [vocab_size(resolve_model(path.parent if path.is_file() else path)) for path in names.values()]
     # Ids that every one of them knows: all get the same.
     smallest = None if None in sizes else min(size for size in sizes if size is not None)
+    if new_tokens:
+        pairs = [generation_workloads(shape, vocab_size=smallest, new_tokens=new_tokens) for shape in shapes]
+        return [workload for pair in pairs for workload in pair]
     workloads = [random_workload(shape, vocab_size=smallest) for shape in shapes]
     if data is not None:
         # One artifact's tokenizer serves all: the comparison wants the same tokens for each of them.
@@ -165,6 +192,7 @@ def _measure(
                     subject=name,
                     latency=latency,
                     speedup=compare(baseline, latency) if index else None,
+                    new_tokens=workload.new_tokens,
                 )
             )
     return tuple(measurements)
@@ -172,5 +200,20 @@ def _measure(
 
 def _call(engine: Engine, workload: Workload) -> Callable[[int], object]:
     """Inputs are chosen before the clock starts, once per distinct input."""
-    feeds = [workload.select(index, engine.inputs) for index in range(len(workload.feeds))]
+    if workload.new_tokens:
+        return _continue(engine, workload)
+    feeds = [workload.feeds_of(index, engine.inputs) for index in range(len(workload.feeds))]
     return lambda index: engine.infer(feeds[index % len(feeds)])
+
+
+def _continue(engine: Engine, workload: Workload) -> Callable[[int], object]:
+    """The likeliest tokens after a prompt that is read here, whether or not one of them ends a text."""
+    prompt = Decoding(engine, pad_id=0)
+    first = prompt.join(workload.feeds[0]["input_ids"].tolist()).argmax(axis=-1)
+
+    def call(index: int) -> None:
+        decoding, tokens = prompt.copy(), first
+        for _ in range(workload.new_tokens):
+            tokens = decoding.step(tokens).argmax(axis=-1)
+
+    return call

@@ -1,12 +1,16 @@
-"""What is fed to the engines: random tokens of exactly a shape, or texts of a data set at their own lengths."""
+"""What is fed to the engines: random tokens of exactly a shape, or texts of a data set at their own lengths.
+
+A language model has two workloads of each shape: the prompt, and the tokens after it.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from pst.errors import ConfigError
-from serve.engines import Array
+from serve.decoding import cache_inputs, empty_cache
+from serve.engines import Array, TensorSpec
 from serve.text import INPUTS, TextEncoder, select_inputs
 
 Shape = tuple[int, int]
@@ -23,11 +27,20 @@ class Workload:
     sequence: int | None
     """Tokens per row after padding; None where every inference has its own."""
     feeds: tuple[dict[str, Array], ...]
-    """Every input that some engine may ask for, each (batch, tokens) int64."""
+    """Every input that some engine may ask for, but for a cache; each (batch, tokens) int64."""
+    new_tokens: int = 0
+    """Tokens that are generated after these, a prompt that is then read before the clock starts; 0 for none."""
 
     def select(self, round_index: int, names: Iterable[str]) -> dict[str, Array]:
         """The inputs called *names* of one round: the same text for every engine of that round."""
         return select_inputs(self.feeds[round_index % len(self.feeds)], names)
+
+    def feeds_of(self, round_index: int, inputs: Mapping[str, TensorSpec]) -> dict[str, Array]:
+        """select, and an empty cache where *inputs* want one."""
+        cache = cache_inputs(inputs)
+        return self.select(round_index, [name for name in inputs if name not in cache]) | empty_cache(
+            inputs, self.batch
+        )
 
 
 def parse_shapes(text: str) -> list[Shape]:
@@ -55,6 +68,15 @@ def random_workload(shape: Shape, *, vocab_size: int | None, seed: int = 0) -> W
     )
 
 
+def generation_workloads(shape: Shape, *, vocab_size: int | None, new_tokens: int) -> tuple[Workload, Workload]:
+    """A prompt of random tokens up to the first new one, and *new_tokens* more with its cache."""
+    prompt = random_workload(shape, vocab_size=vocab_size)
+    return (
+        replace(prompt, name=f"{prompt.name} prompt"),
+        replace(prompt, name=f"{prompt.name} +{new_tokens} tokens", new_tokens=new_tokens),
+    )
+
+
 def text_workload(
     encoder: TextEncoder, first: Sequence[str], second: Sequence[str] | None, *, limit: int = 64, seed: int = 0
 ) -> Workload:
@@ -65,12 +87,16 @@ def text_workload(
     return Workload(name="1 x text", batch=1, sequence=None, feeds=feeds)
 
 
-def check_shapes(shapes: Sequence[Shape], limits: Mapping[str, int | None]) -> None:
-    """Raise ConfigError for a shape that is longer than one of the models; *limits* holds tokens by artifact name."""
+def check_shapes(shapes: Sequence[Shape], limits: Mapping[str, int | None], *, new_tokens: int = 0) -> None:
+    """Raise ConfigError for a shape that is longer than one of the models; *limits* holds tokens by artifact name.
+
+    *new_tokens* more have to fit as well.
+    """
+    more = f" with {new_tokens} new tokens" if new_tokens else ""
     for batch, sequence in shapes:
         for name, limit in limits.items():
-            if limit is not None and sequence > limit:
+            if limit is not None and sequence + new_tokens > limit:
                 raise ConfigError(
-                    f"The shape {batch}x{sequence} is longer than {name} can read ({limit} tokens); "
-                    f"give --shapes with a sequence of {limit} or less."
+                    f"The shape {batch}x{sequence}{more} is longer than {name} can read ({limit} tokens); "
+                    f"give --shapes with a sequence of {max(0, limit - new_tokens)} or less."
                 )
