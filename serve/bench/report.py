@@ -145,7 +145,7 @@ class Report:
         terminal = sys.stdout.isatty()
         width = shutil.get_terminal_size((140, 24)).columns if terminal else 140
         console = Console(file=stream, width=width, force_terminal=terminal, highlight=False)
-        last = self.receipts[-1:] if self.subjects[-1].is_sparse else ()
+        last = self.receipts[-1:] if self.subjects[-1].pattern != "dense" else ()
         for header, rows in (_artifact_table(self), _latency_table(self), *map(receipt_table, last)):
             table = Table()
             for index, title in enumerate(header):
