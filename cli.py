@@ -417,6 +417,25 @@ def bench(
     _show(report.render())
 
 
+@app.command(
+    short_help="Compare two reports of pst bench.",
+    epilog="Example: pst report reports/before reports/after",
+)
+def report(
+    first: Annotated[Path, typer.Argument(help="A report.json, or the folder that holds it.")],
+    second: Annotated[Path, typer.Argument(help="Another, of the same artifacts at the same shapes.")],
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compare two reports of pst bench: two machines, versions or revisions, with each ratio's interval.
+
+    They were not measured in turn, so everything that differs between the two machines is listed beside the ratios.
+    """
+    from serve.bench.comparison import compare_reports
+
+    found = compare_reports(first, second)
+    _show(_json(found.to_json()) if json else found.render())
+
+
 @app.command(short_help="Say where the zeros of any model are.", epilog="Example: pst inspect model.onnx")
 def inspect(
     path: Annotated[Path, typer.Argument(help="Model folder, artifact, .safetensors or .onnx file, anyone's.")],

@@ -27,6 +27,7 @@ FLAGS = {
     "eval": "path --data --set --engine --batch-size --threads --predictions --json",
     "bench": "artifacts --output -o --shapes --runs --warmup --budget --threads --engine --data --set --receipt "
     "--no-receipt --overwrite",
+    "report": "first second --json",
     "inspect": "path --json",
     "serve": "artifact --host --port --threads --engine --max-batch-size --max-queue-delay-ms --max-queue-size",
     "quickstart": "--output -o --fresh --sparsity --steps",
