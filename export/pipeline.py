@@ -34,6 +34,7 @@ from pst.sparsify import prunable_weights
 _PROTOBUF_LIMIT = 2_000_000_000  # bytes; a protobuf file ends at 2 GiB, some of which is the graph
 _LOAD, _TRACE, _WRITE, _COMPARE = 15, 50, 5, 30  # per cent of the time that each stage usually takes
 _STEPS = _LOAD + _TRACE + _WRITE + _COMPARE
+_CONV_IN_BF16 = 22  # opset
 _COPIED = ("config.json", "generation_config.json")
 _PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "tokenizers", "numpy")
 
@@ -91,6 +92,11 @@ def check_options(
     check_opset(opset)
     check_precision(precision)
     check_linear_form(linear_form)
+    if linear_form == "conv" and precision == "bf16" and opset < _CONV_IN_BF16:
+        raise ConfigError(
+            f"Conv takes bf16 from opset {_CONV_IN_BF16} on; use --opset {_CONV_IN_BF16}, --precision fp16, or another "
+            "--linear-form."
+        )
     for name, tolerance in (("atol", atol), ("rtol", rtol)):
         if tolerance is not None and not 0 <= tolerance < math.inf:
             raise ConfigError(f"--{name} is {tolerance:g}; it must be a finite number of at least 0.")

@@ -218,6 +218,11 @@ def test_an_unknown_form_is_refused() -> None:
         check_linear_form("einsum")
 
 
+def test_a_convolution_in_bf16_needs_a_newer_opset(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="Conv takes bf16 from opset 22 on; use --opset 22, --precision fp16"):
+        export(tmp_path / "model", tmp_path / "out", linear_form="conv", precision="bf16")
+
+
 def test_inspect_and_manifest_name_the_form_and_the_axis(tmp_path: Path) -> None:
     folder = prune(make_encoder(tmp_path / "model", "bert", "classification"), "2:4")
     manifest = export(folder, tmp_path / "conv", linear_form="conv", opset=18)

@@ -7,7 +7,15 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
-from export.passes import PASSES, lower_ir_version, name_weights, run_passes, share_equal, strip_metadata
+from export.passes import (
+    PASSES,
+    drop_nan_guard,
+    lower_ir_version,
+    name_weights,
+    run_passes,
+    share_equal,
+    strip_metadata,
+)
 
 from .conftest import graph, matmul_model
 
@@ -137,5 +145,38 @@ def test_all_passes_leave_a_valid_graph() -> None:
     model.graph.output[0].CopyFrom(helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 4]))
     model.doc_string = "x"
     assert run_passes(model, {"weight": W.T.copy()}) == ["strip_metadata", "name_weights"]
-    assert len(PASSES) == 4
+    assert len(PASSES) == 5
     onnx.checker.check_model(model, full_check=True)
+
+
+def attention(guard: bool = True) -> Any:
+    """y = softmax(x + mask) with PyTorch's guard; of the mask's rows the first sees one place, the second none."""
+    nodes = [
+        helper.make_node("Where", ["seen", "zero", "least"], ["mask"]),
+        helper.make_node("Add", ["x", "mask"], ["masked"]),
+        helper.make_node("Softmax", ["masked"], ["s"], axis=-1),
+        helper.make_node("IsNaN", ["s"], ["asked"]),
+        helper.make_node("Where", ["asked", "zero", "s"], ["guarded"]),
+        helper.make_node("Identity", ["guarded" if guard else "mask"], ["y"]),
+    ]
+    seen = np.array([[True, False], [False, False]])
+    tensors = {"seen": seen, "zero": np.float32(0), "least": np.float32(-np.inf)}
+    return graph(nodes, tensors)
+
+
+def test_drop_nan_guard() -> None:
+    model = attention()
+    x = np.array([[5.0, 900.0], [0.0, 0.0]], np.float32)
+    np.testing.assert_array_equal(run(model, x), [[1, 0], [0, 0]])
+    assert drop_nan_guard.run(model, {})
+    assert [node.op_type for node in model.graph.node] == ["Where", "Add", "Softmax", "Identity"]
+    np.testing.assert_array_equal(run(model, x), [[1, 0], [0.5, 0.5]])  # what sees nothing is finite
+    assert not drop_nan_guard.run(model, {})
+    # The sum stays finite in fp16 for scores as large as the mask.
+    assert np.isfinite(np.float16(drop_nan_guard.MASKED) + np.float16(drop_nan_guard.MASKED))
+
+
+def test_a_guard_whose_mask_has_other_uses_stays() -> None:
+    model = attention(guard=False)
+    model.graph.output.append(helper.make_tensor_value_info("guarded", TensorProto.FLOAT, None))
+    assert not drop_nan_guard.run(model, {})

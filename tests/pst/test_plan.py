@@ -332,5 +332,5 @@ def test_prune_by_a_plan_export_and_inspect(tiny_bert: Path, reviews_file: Path,
 def test_prune_refuses_a_plan_beside_a_pattern(tiny_bert: Path, tmp_path: Path) -> None:
     for more in ({"pattern": "2:4"}, {"sparsity": 0.5}, {"budget": "global"}):
         with pytest.raises(ConfigError, match="plan"):
-            prune(tiny_bert, tmp_path / "out", plan=TEXT, **more)  # type: ignore[arg-type]
+            prune(tiny_bert, tmp_path / "out", plan=TEXT, **more)
     assert not (tmp_path / "out").exists()

@@ -26,6 +26,7 @@ from pst.errors import ArtifactError, ConfigError, EngineError
 from pst.files import sha256
 from tests.command_line import pst
 from tests.decoders import make_decoder, prune
+from tests.encoders import make_encoder
 from tests.export.conftest import Artifact
 
 PROFILE = parse_profile("1x1,4x16,8x64", max_length=64)
@@ -151,9 +152,13 @@ def test_without_a_gpu_a_capability_is_chosen(rtx: Any, mine: Path) -> None:
     assert json.loads(plan.with_suffix(".json").read_text())["target"] == "SM80"
 
 
-@pytest.mark.parametrize("form", ["gemm", "conv"])
-def test_a_decoder_in_every_form(rtx: Any, tmp_path: Path, form: str) -> None:
-    export(prune(make_decoder(tmp_path / "model", "llama"), "2:4"), tmp_path / "out", linear_form=form)
+@pytest.mark.parametrize(
+    ("kind", "form", "precision"), [("gpt2", "gemm", "fp16"), ("llama", "gemm", "bf16"), ("bert", "auto", "fp16")]
+)
+def test_a_plan_in_half_precision(rtx: Any, tmp_path: Path, kind: str, form: str, precision: str) -> None:
+    made = make_encoder(tmp_path / "model", kind, "classification") if kind == "bert" else None
+    folder = prune(made or make_decoder(tmp_path / "model", kind), "2:4")
+    export(folder, tmp_path / "out", linear_form=form, precision=precision)
     assert plan_of(tmp_path / "out", runtime="tensorrt_rtx", profile=PROFILE).stat().st_size > 10_000
 
 
