@@ -1,10 +1,11 @@
 """Take the guard against rows that see nothing out of attention: a mask that is finite needs none.
 
-    masked = Add(scores, Where(mask, 0, -inf));  s = Softmax(masked);  Where(IsNaN(s), 0, s)
+    masked = Add(scores, Where(mask, 0, lowest));  s = Softmax(masked);  Where(IsNaN(s), 0, s)
     masked = Add(scores, Where(mask, 0, MASKED));  s = Softmax(masked);  s
 
-Of a row of nothing but -inf the softmax is NaN, which PyTorch turns into zeros; the exporter writes that out for every
-score. Runtimes know attention by its shape, and the guard hides it: TensorRT-RTX 1.7 fails on it in half types.
+Of a row of nothing but -inf the softmax is NaN, and the exporter writes a guard for it, though it masks with the lowest
+number of float32 (which with a score added may be -inf in fp16). Runtimes know attention by its shape, and the guard
+hides it: TensorRT-RTX 1.7 fails on it in half types.
 
 Requires: scores far smaller than MASKED in size, so that what is masked still weighs exactly nothing.
 Ensures: no IsNaN behind a softmax whose mask is such a Where and is used in such sums alone. A row that sees a token
@@ -59,7 +60,7 @@ def run(model: Any, weights: Mapping[str, Any]) -> bool:
 
 def _guarded(node: Any, producers: Mapping[str, Any], constants: Mapping[str, Any]) -> Any:
     """The Softmax s of a *node* that is Where(IsNaN(s), 0, s); None of any other."""
-    if node.op_type != "Where" or not _is_scalar(node.input[1], 0.0, constants):
+    if node.op_type != "Where" or _scalar(node.input[1], constants) != 0:
         return None
     asked, softmax = producers.get(node.input[0]), producers.get(node.input[2])
     if asked is None or asked.op_type != "IsNaN" or asked.input[0] != node.input[2]:
@@ -71,16 +72,17 @@ def _is_mask(node: Any, constants: Mapping[str, Any]) -> bool:
     return (
         node is not None
         and node.op_type == "Where"
-        and _is_scalar(node.input[1], 0.0, constants)
-        and _is_scalar(node.input[2], -np.inf, constants)
+        and _scalar(node.input[1], constants) == 0
+        and _scalar(node.input[2], constants) <= MASKED
     )
 
 
-def _is_scalar(name: str, value: float, constants: Mapping[str, Any]) -> bool:
+def _scalar(name: str, constants: Mapping[str, Any]) -> float:
+    """The one float32 that *name* holds; NaN where it is anything else."""
     tensor = constants.get(name)
     if tensor is None or tensor.data_type != TensorProto.FLOAT or int(np.prod(tensor.dims)) != 1:
-        return False
-    return bool(numpy_helper.to_array(tensor).item() == value)
+        return float("nan")
+    return float(numpy_helper.to_array(tensor).item())
 
 
 def _summands(softmax: str, producers: Mapping[str, Any]) -> list[str]:

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
+import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from export.passes import (
@@ -149,25 +150,25 @@ def test_all_passes_leave_a_valid_graph() -> None:
     onnx.checker.check_model(model, full_check=True)
 
 
-def attention(guard: bool = True) -> Any:
-    """y = softmax(x + mask) with PyTorch's guard; of the mask's rows the first sees one place, the second none."""
+def attention(*, least: float, output: str = "guarded") -> Any:
+    """Attention's weights, as they are exported; of the mask's rows the first sees one place, the second none."""
     nodes = [
         helper.make_node("Where", ["seen", "zero", "least"], ["mask"]),
         helper.make_node("Add", ["x", "mask"], ["masked"]),
         helper.make_node("Softmax", ["masked"], ["s"], axis=-1),
         helper.make_node("IsNaN", ["s"], ["asked"]),
         helper.make_node("Where", ["asked", "zero", "s"], ["guarded"]),
-        helper.make_node("Identity", ["guarded" if guard else "mask"], ["y"]),
+        helper.make_node("Identity", [output], ["y"]),
     ]
     seen = np.array([[True, False], [False, False]])
-    tensors = {"seen": seen, "zero": np.float32(0), "least": np.float32(-np.inf)}
-    return graph(nodes, tensors)
+    return graph(nodes, {"seen": seen, "zero": np.float32(0), "least": np.float32(least)})
 
 
-def test_drop_nan_guard() -> None:
-    model = attention()
+@pytest.mark.parametrize(("least", "before"), [(-np.inf, 0.0), (float(np.finfo(np.float32).min), 0.5)])
+def test_drop_nan_guard(least: float, before: float) -> None:
+    model = attention(least=least)
     x = np.array([[5.0, 900.0], [0.0, 0.0]], np.float32)
-    np.testing.assert_array_equal(run(model, x), [[1, 0], [0, 0]])
+    np.testing.assert_array_equal(run(model, x), [[1, 0], [before, before]])
     assert drop_nan_guard.run(model, {})
     assert [node.op_type for node in model.graph.node] == ["Where", "Add", "Softmax", "Identity"]
     np.testing.assert_array_equal(run(model, x), [[1, 0], [0.5, 0.5]])  # what sees nothing is finite
@@ -176,7 +177,9 @@ def test_drop_nan_guard() -> None:
     assert np.isfinite(np.float16(drop_nan_guard.MASKED) + np.float16(drop_nan_guard.MASKED))
 
 
-def test_a_guard_whose_mask_has_other_uses_stays() -> None:
-    model = attention(guard=False)
-    model.graph.output.append(helper.make_tensor_value_info("guarded", TensorProto.FLOAT, None))
-    assert not drop_nan_guard.run(model, {})
+def test_a_guard_that_may_be_needed_stays() -> None:
+    assert not drop_nan_guard.run(attention(least=-100), {})  # no mask: it lets something through
+    for output in ("mask", "asked"):  # something else reads what would change
+        model = attention(least=-np.inf, output=output)
+        model.graph.output.append(helper.make_tensor_value_info("guarded", TensorProto.FLOAT, None))
+        assert not drop_nan_guard.run(model, {})
