@@ -84,6 +84,9 @@ def train(
     sparsity: Annotated[
         float | None, typer.Option(help="Fraction of zeros from 0 to below 1, such as 0.9; N:M fixes it.")
     ] = None,
+    plan: Annotated[
+        str | None, typer.Option(help="TOML file that gives each weight a pattern of its own, such as attention dense.")
+    ] = None,
     teacher: Annotated[
         str | None, typer.Option(help="Dense model of the same task to distil from: a folder or hub id.")
     ] = None,
@@ -118,7 +121,14 @@ def train(
     from pst.settings import resolve
 
     flags = {"model": model, "data": data, "method": method, "pattern": pattern, "sparsity": sparsity}
-    flags |= {"teacher": teacher, "epochs": epochs, "steps": steps, "seed": seed, "faithful": faithful or None}
+    flags |= {
+        "plan": plan,
+        "teacher": teacher,
+        "epochs": epochs,
+        "steps": steps,
+        "seed": seed,
+        "faithful": faithful or None,
+    }
     stored = output / "config.yaml"
     if resume and config is None and stored.is_file():
         config = stored
@@ -210,11 +220,14 @@ def prune(
     source: Annotated[str, typer.Argument(help="Run or model folder, or hub id.")],
     output: Output,
     pattern: Annotated[
-        str, typer.Option(help="unstructured, N:M such as 2:4, block:RxC, or structured.")
-    ] = "unstructured",
+        str | None, typer.Option(help="unstructured (default), N:M such as 2:4, block:RxC, or structured.")
+    ] = None,
     sparsity: Annotated[
         float | None, typer.Option(help="Fraction of zeros from 0 to below 1, such as 0.5; N:M fixes it.")
     ] = None,
+    plan: Annotated[
+        str, typer.Option(help="TOML file that gives each weight a pattern of its own, such as attention dense.")
+    ] = "",
     method: Annotated[
         str | None, typer.Option(help="magnitude, or wanda, which looks at inputs too [wanda where --data is given].")
     ] = None,
@@ -247,6 +260,7 @@ def prune(
         output,
         pattern=pattern,
         sparsity=sparsity,
+        plan=plan,
         method=method,
         adjust=compensate,
         data=_data_spec(data, sets),
@@ -268,9 +282,12 @@ def prune(
     epilog="Example: pst export runs/reviews --output artifacts/reviews",
 )
 def export(
-    source: Annotated[Path, typer.Argument(help="Run or model folder.")],
+    source: Annotated[Path, typer.Argument(help="Run or model folder, or an artifact.")],
     output: Output,
-    format: Annotated[str, typer.Option(help="Format of the artifact: onnx.")] = "onnx",  # noqa: A002
+    format: Annotated[  # noqa: A002
+        str,
+        typer.Option(help="onnx; tensorrt, a plan as well; triton or triton-tensorrt, a model folder of Triton's."),
+    ] = "onnx",
     task: Annotated[
         str,
         typer.Option(
@@ -282,8 +299,25 @@ def export(
     precision: Annotated[
         str, typer.Option(help="fp32, or products in fp16 or bf16, with norms, softmax and logits in fp32.")
     ] = "fp32",
+    linear_form: Annotated[
+        str,
+        typer.Option(
+            help="Operator of the prunable layers: matmul, gemm (transB, bias inside), conv (1x1, the form with sparse "
+            "kernels in TensorRT 8.6), or auto for what torch.onnx writes."
+        ),
+    ] = "auto",
     data: DataOption = None,
     sets: DataSets = None,
+    profile: Annotated[
+        str | None,
+        typer.Option(
+            help="Shapes of a plan and of Triton's batches, BATCHxTOKENS: smallest, usual, largest "
+            "[1x1,8x128,32 x the model's limit]."
+        ),
+    ] = None,
+    compute_capability: Annotated[
+        str, typer.Option(help="GPU that TensorRT-RTX builds a plan for, such as SM86 [the one here, else SM80].")
+    ] = "",
     atol: Annotated[
         float | None,
         typer.Option(
@@ -304,23 +338,36 @@ def export(
 
     Outputs are compared with PyTorch on random inputs and on real ones: --data, or the validation rows that the model
     was trained with. Nothing is written when the pattern does not hold or the outputs differ. A causal language model
-    becomes one graph for the prompt and each next token, with its key/value cache.
+    becomes one graph for the prompt and each next token, with its key/value cache. SOURCE may be an artifact already,
+    for a plan or a model folder of Triton's.
     """
+    from export.formats import check_format, export_as
     from export.pipeline import check_options
-    from export.pipeline import export as run
     from export.real_inputs import real_inputs
 
-    if format != "onnx":
-        raise ConfigError(f"Unknown format {format!r}; use --format onnx.")
-    check_options(output, task=task, opset=opset, precision=precision, overwrite=overwrite, atol=atol, rtol=rtol)
-    examples = real_inputs(source, _data_spec(data, sets))
-    manifest = run(
-        source,
+    check_format(format, output, overwrite=overwrite)
+    check_options(
         output,
         task=task,
         opset=opset,
         precision=precision,
-        examples=examples,
+        linear_form=linear_form,
+        overwrite=overwrite,
+        atol=atol,
+        rtol=rtol,
+    )
+    spec = _data_spec(data, sets)
+    manifest = export_as(
+        format,
+        source,
+        output,
+        profile=profile,
+        compute_capability=compute_capability,
+        task=task,
+        opset=opset,
+        precision=precision,
+        linear_form=linear_form,
+        examples=None if (source / "export.json").is_file() else real_inputs(source, spec),
         overwrite=overwrite,
         external_data=external_data,
         atol=atol,

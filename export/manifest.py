@@ -44,6 +44,10 @@ class WeightInfo:
     """Reduction axis, as the ONNX file stores it."""
     density: float
     """Fraction of non-zeros."""
+    form: str = ""
+    """The operator that reads it: MatMul, Gemm or Conv. Empty in artifacts of versions that did not say."""
+    pattern: str = ""
+    """That holds in it along the axis; dense where nothing is claimed. Likewise empty."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +85,7 @@ class Manifest:
     """Tokens a row is cut to; of text_generation, the most that prompt and answer have together."""
     pad_token_id: int
     pattern: str
+    """Of all weights; dense where nothing is claimed, mixed where each has its own."""
     sparsity: Mapping[str, float]
     """requested and measured fraction of zeros over *weights*; of pattern structured, of what was removed."""
     weights: tuple[WeightInfo, ...]
@@ -172,7 +177,8 @@ def _tensor(row: Mapping[str, Any]) -> TensorInfo:
 def _weight(row: Mapping[str, Any]) -> WeightInfo:
     return WeightInfo(
         name=str(row["name"]), initializer=str(row["initializer"]), shape=tuple(int(size) for size in row["shape"]),
-        axis=int(row["axis"]), density=float(row["density"]),
+        axis=int(row["axis"]), density=float(row["density"]), form=str(row.get("form", "")),
+        pattern=str(row.get("pattern", "")),
     )  # fmt: skip
 
 

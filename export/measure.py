@@ -48,6 +48,10 @@ class WeightReport:
     """Half the entries and two bits for the place of each, where 2:4 holds; elsewhere the dense size."""
     deflate_bytes: int
     """The stored bytes through zlib at level 1."""
+    form: str = "Linear"
+    """What multiplies with it: the ONNX operator, MatMul, Gemm or Conv; of a safetensors file Linear or Conv1D."""
+    stated: str | None = None
+    """The pattern that the folder's sparsity.json or export.json gives it; None where it says nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +86,8 @@ def measure(
     dtype: str,
     itemsize: float,
     prunable: bool,
+    form: str = "Linear",
+    stated: str | None = None,
     shape: tuple[int, ...] | None = None,
     stored_axis: int | None = None,
 ) -> WeightReport:
@@ -101,7 +107,7 @@ def measure(
         prunable=prunable, dense_bytes=dense,
         bitmask_bytes=min(dense, math.ceil(size / 8) + math.ceil(kept * itemsize)),
         two_four_bytes=math.ceil(size / 2 * itemsize + size / 8) if "2:4" in patterns else dense,
-        deflate_bytes=len(zlib.compress(data(), 1)),
+        deflate_bytes=len(zlib.compress(data(), 1)), form=form, stated=stated,
     )  # fmt: skip
 
 

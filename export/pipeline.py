@@ -13,10 +13,11 @@ from typing import Any
 import onnx
 
 from export.cache import PAST, cache_names
+from export.graph import find_weights
 from export.heads import check_task
 from export.manifest import MODEL_NAME, Manifest, TensorInfo
 from export.parity import check_parity, open_session
-from export.passes import run_passes
+from export.passes import LINEAR_FORMS, OPERATORS, check_linear_form, run_passes
 from export.precision import MEAN_SHARE, PRECISIONS, TOLERANCES, check_precision, to_precision
 from export.source import SPARSITY_FILE, Source, load_source
 from export.tensors import weight_files
@@ -26,12 +27,15 @@ from export.widen import widen
 from pst import __version__
 from pst.errors import ConfigError
 from pst.files import atomic_folder, refuse_existing, sha256
+from pst.plan import MIXED
 from pst.progress import note, progress
+from pst.sparsify import prunable_weights
 from pst.structured.report import FIELD, removed_share
 
 _PROTOBUF_LIMIT = 2_000_000_000  # bytes; a protobuf file ends at 2 GiB, some of which is the graph
 _LOAD, _TRACE, _WRITE, _COMPARE = 15, 50, 5, 30  # per cent of the time that each stage usually takes
 _STEPS = _LOAD + _TRACE + _WRITE + _COMPARE
+_CONV_IN_BF16 = 22  # opset
 _COPIED = ("config.json", "generation_config.json")
 _PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "tokenizers", "numpy")
 
@@ -43,6 +47,7 @@ def export(
     task: str = "auto",
     opset: int = 17,
     precision: str = "fp32",
+    linear_form: str = "auto",
     examples: Any = None,
     overwrite: bool = False,
     external_data: bool = False,
@@ -52,7 +57,8 @@ def export(
     """Write the ONNX artifact of a run or model folder to *output*, and return its manifest.
 
     *task* is the name of a head (export/heads), or "auto" for the one that the model's class has. *precision* is fp32,
-    fp16 or bf16, by the rule in export/precision.py.
+    fp16 or bf16, by the rule in export/precision.py. *linear_form* is one of export.passes.LINEAR_FORMS: the operator
+    that the prunable layers are written as.
     *examples* (a pst.data.Examples) are the real inputs on which ONNX Runtime is compared with PyTorch; without them a
     few built-in sentences are used. *external_data* keeps the weights in a file beside model.onnx, as is always done
     above 2 GB. *atol* and *rtol* bound the difference of every output, as export.parity says; None stands for the
@@ -60,21 +66,38 @@ def export(
     Nothing is written unless the pattern holds and the outputs agree.
     Raises ConfigError, ModelError, ArtifactError, RunError and StorageError.
     """
-    check_options(output, task=task, opset=opset, precision=precision, overwrite=overwrite, atol=atol, rtol=rtol)
+    check_options(
+        output, task=task, opset=opset, precision=precision, linear_form=linear_form, overwrite=overwrite, atol=atol,
+        rtol=rtol,
+    )  # fmt: skip
     with progress("Exporting", total=_STEPS) as advance:
         return _export(
-            source, output, advance, task=task, opset=opset, precision=precision, examples=examples,
-            overwrite=overwrite, external_data=external_data, atol=atol, rtol=rtol,
+            source, output, advance, task=task, opset=opset, precision=precision, linear_form=linear_form,
+            examples=examples, overwrite=overwrite, external_data=external_data, atol=atol, rtol=rtol,
         )  # fmt: skip
 
 
 def check_options(
-    output: Path, *, task: str, opset: int, precision: str, overwrite: bool, atol: float | None, rtol: float | None
+    output: Path,
+    *,
+    task: str,
+    opset: int,
+    precision: str,
+    linear_form: str,
+    overwrite: bool,
+    atol: float | None,
+    rtol: float | None,
 ) -> None:
     """Raise what export raises for options that no model could be exported with, before any work is done."""
     check_task(task)
     check_opset(opset)
     check_precision(precision)
+    check_linear_form(linear_form)
+    if linear_form == "conv" and precision == "bf16" and opset < _CONV_IN_BF16:
+        raise ConfigError(
+            f"Conv takes bf16 from opset {_CONV_IN_BF16} on; use --opset {_CONV_IN_BF16}, --precision fp16, or another "
+            "--linear-form."
+        )
     for name, tolerance in (("atol", atol), ("rtol", rtol)):
         if tolerance is not None and not 0 <= tolerance < math.inf:
             raise ConfigError(f"--{name} is {tolerance:g}; it must be a finite number of at least 0.")
@@ -89,6 +112,7 @@ def _export(
     task: str,
     opset: int,
     precision: str,
+    linear_form: str,
     examples: Any,
     overwrite: bool,
     external_data: bool,
@@ -106,10 +130,19 @@ def _export(
         model = trace(loaded, opset=opset)
         advance(_TRACE)
         run_passes(model, weights)
-        if precision != "fp32":
+
+        def prove(what: str) -> None:
+            """Before another rewrite, which would hide whose fault a difference is."""
             exact = _tolerance("fp32", atol, rtol)
+            verify_graph(model, weights, claims, pattern=pattern)
             proven = check_parity(loaded, _session(model), examples=examples, atol=exact[0], rtol=exact[1])
-            note(f"In fp32, outputs agree with PyTorch within {proven.max_abs_error:.1e}.")
+            note(f"{what}, outputs agree with PyTorch within {proven.max_abs_error:.1e}.")
+
+        if linear_form != "auto":
+            prove("As torch.onnx wrote it")
+            _to_form(model, loaded, weights, linear_form)
+        if precision != "fp32":
+            prove("In fp32")
         weights = to_precision(
             model, weights, precision=precision, outputs=loaded.head.outputs,
             halved=cache_names(PAST, len(loaded.cache)),
@@ -118,7 +151,8 @@ def _export(
         removal: dict[str, Any] | None = getattr(loaded.model.config, FIELD, None)
         measured = removed_share(removal) if removal and pattern == "structured" else measured_sparsity(infos)
         requested = float(report.get("sparsity", {}).get("requested", 0.0))
-        claim = "was taken as found" if pattern == "dense" else f"holds {pattern} along its reduction axis"
+        held = "its own pattern" if pattern == MIXED else pattern
+        claim = "was taken as found" if pattern == "dense" else f"holds {held} along its reduction axis"
         if removal and pattern == "structured":
             note(f"Each of {len(infos)} weights is as trained; {measured:.1%} of the {removal['target']} are gone.")
         else:
@@ -151,6 +185,16 @@ def _export(
         )  # fmt: skip
         manifest.save(folder)
     return manifest
+
+
+def _to_form(model: Any, loaded: Source, weights: Any, linear_form: str) -> None:
+    """Bring the prunable layers into the form, and say which of them keep another."""
+    prunable = {item.name: weights[item.name] for item in prunable_weights(loaded.model)}
+    run_passes(model, prunable, passes=LINEAR_FORMS[linear_form])
+    others = [found.name for found in find_weights(model)
+              if found.name in prunable and found.op != OPERATORS[linear_form]]  # fmt: skip
+    if others:
+        note(f"{len(others)} weights keep the form that torch.onnx gave them, {others[0]} among them.")
 
 
 def _tolerance(precision: str, atol: float | None, rtol: float | None) -> tuple[float, float]:

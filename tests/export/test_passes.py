@@ -5,9 +5,18 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
+import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from export.passes import PASSES, lower_ir_version, name_weights, run_passes, share_equal, strip_metadata
+from export.passes import (
+    PASSES,
+    drop_nan_guard,
+    lower_ir_version,
+    name_weights,
+    run_passes,
+    share_equal,
+    strip_metadata,
+)
 
 from .conftest import graph, matmul_model
 
@@ -137,5 +146,40 @@ def test_all_passes_leave_a_valid_graph() -> None:
     model.graph.output[0].CopyFrom(helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 4]))
     model.doc_string = "x"
     assert run_passes(model, {"weight": W.T.copy()}) == ["strip_metadata", "name_weights"]
-    assert len(PASSES) == 4
+    assert len(PASSES) == 5
     onnx.checker.check_model(model, full_check=True)
+
+
+def attention(*, least: float, output: str = "guarded") -> Any:
+    """Attention's weights, as they are exported; of the mask's rows the first sees one place, the second none."""
+    nodes = [
+        helper.make_node("Where", ["seen", "zero", "least"], ["mask"]),
+        helper.make_node("Add", ["x", "mask"], ["masked"]),
+        helper.make_node("Softmax", ["masked"], ["s"], axis=-1),
+        helper.make_node("IsNaN", ["s"], ["asked"]),
+        helper.make_node("Where", ["asked", "zero", "s"], ["guarded"]),
+        helper.make_node("Identity", [output], ["y"]),
+    ]
+    seen = np.array([[True, False], [False, False]])
+    return graph(nodes, {"seen": seen, "zero": np.float32(0), "least": np.float32(least)})
+
+
+@pytest.mark.parametrize(("least", "before"), [(-np.inf, 0.0), (float(np.finfo(np.float32).min), 0.5)])
+def test_drop_nan_guard(least: float, before: float) -> None:
+    model = attention(least=least)
+    x = np.array([[5.0, 900.0], [0.0, 0.0]], np.float32)
+    np.testing.assert_array_equal(run(model, x), [[1, 0], [before, before]])
+    assert drop_nan_guard.run(model, {})
+    assert [node.op_type for node in model.graph.node] == ["Where", "Add", "Softmax", "Identity"]
+    np.testing.assert_array_equal(run(model, x), [[1, 0], [0.5, 0.5]])  # what sees nothing is finite
+    assert not drop_nan_guard.run(model, {})
+    # The sum stays finite in fp16 for scores as large as the mask.
+    assert np.isfinite(np.float16(drop_nan_guard.MASKED) + np.float16(drop_nan_guard.MASKED))
+
+
+def test_a_guard_that_may_be_needed_stays() -> None:
+    assert not drop_nan_guard.run(attention(least=-100), {})  # no mask: it lets something through
+    for output in ("mask", "asked"):  # something else reads what would change
+        model = attention(least=-np.inf, output=output)
+        model.graph.output.append(helper.make_tensor_value_info("guarded", TensorProto.FLOAT, None))
+        assert not drop_nan_guard.run(model, {})
