@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-PASSES = ("strip_metadata", "share_equal", "name_weights", "lower_ir_version")
+PASSES = ("strip_metadata", "share_equal", "name_weights", "regroup_gelu", "lower_ir_version")
 
 
 def run_passes(model: Any, weights: Mapping[str, "np.ndarray[Any, Any]"]) -> list[str]:
