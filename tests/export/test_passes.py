@@ -1,10 +1,12 @@
 """Each pass alone, on graphs where its claims can be seen."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
+import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from export.passes import (
@@ -145,7 +147,7 @@ def test_all_passes_leave_a_valid_graph() -> None:
     model.graph.output[0].CopyFrom(helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 4]))
     model.doc_string = "x"
     assert run_passes(model, {"weight": W.T.copy()}) == ["strip_metadata", "name_weights"]
-    assert len(PASSES) == 4
+    assert len(PASSES) == 5
     onnx.checker.check_model(model, full_check=True)
 
 
