@@ -297,7 +297,11 @@ def export(
     ] = "auto",
     opset: Annotated[int, typer.Option(help="ONNX operator set; 17 is the newest that TensorRT 8.6 reads.")] = 17,
     precision: Annotated[
-        str, typer.Option(help="fp32, or products in fp16 or bf16, with norms, softmax and logits in fp32.")
+        str,
+        typer.Option(
+            help="fp32, or products in fp16, bf16 or int8 (calibrated on --data), with norms, softmax and logits in "
+            "fp32."
+        ),
     ] = "fp32",
     linear_form: Annotated[
         str,
@@ -306,6 +310,13 @@ def export(
             "kernels in TensorRT 8.6), or auto for what torch.onnx writes."
         ),
     ] = "auto",
+    activations: Annotated[
+        str, typer.Option(help="Of int8: uint8 for ONNX Runtime on a CPU, or int8 (symmetric) for TensorRT.")
+    ] = "uint8",
+    storage: Annotated[
+        str,
+        typer.Option(help="dense, or sparse: zeros are left out of the file where that makes it smaller, not faster."),
+    ] = "dense",
     data: DataOption = None,
     sets: DataSets = None,
     profile: Annotated[
@@ -322,12 +333,14 @@ def export(
         float | None,
         typer.Option(
             help="Largest absolute difference from PyTorch, per unit of root mean square above 1 "
-            "[fp32 1e-4, fp16 0.1, bf16 1]."
+            "[fp32 1e-4, fp16 0.1, bf16 1, int8 2]."
         ),
     ] = None,
     rtol: Annotated[
         float | None,
-        typer.Option(help="Largest difference relative to PyTorch, added to --atol [fp32 1e-3, fp16 2e-2, bf16 5e-2]."),
+        typer.Option(
+            help="Largest difference relative to PyTorch, added to --atol [fp32 1e-3, fp16 2e-2, others 5e-2]."
+        ),
     ] = None,
     external_data: Annotated[
         bool, typer.Option("--external-data", help="Keep the weights in a file beside model.onnx.")
@@ -337,26 +350,31 @@ def export(
     """Write the ONNX graph of a model, zeros in place, once its pattern and its outputs are proven.
 
     Outputs are compared with PyTorch on random inputs and on real ones: --data, or the validation rows that the model
-    was trained with. Nothing is written when the pattern does not hold or the outputs differ. A causal language model
-    becomes one graph for the prompt and each next token, with its key/value cache. SOURCE may be an artifact already,
-    for a plan or a model folder of Triton's.
+    was trained with. Nothing is written when the pattern does not hold or the outputs differ. With --data, the metric
+    of the model and of the artifact is measured as well, where the rows have labels. A causal language model becomes
+    one graph for the prompt and each next token, with its key/value cache. SOURCE may be an artifact already, for a
+    plan or a model folder of Triton's.
     """
     from export.formats import check_format, export_as
     from export.pipeline import check_options
-    from export.real_inputs import real_inputs
+    from export.real_inputs import calibration_texts, real_inputs
 
     check_format(format, output, overwrite=overwrite)
+    spec = _data_spec(data, sets)
     check_options(
         output,
         task=task,
         opset=opset,
         precision=precision,
         linear_form=linear_form,
+        activations=activations,
+        storage=storage,
         overwrite=overwrite,
         atol=atol,
         rtol=rtol,
+        calibrated=spec is not None,
     )
-    spec = _data_spec(data, sets)
+    made = (source / "export.json").is_file()
     manifest = export_as(
         format,
         source,
@@ -367,7 +385,11 @@ def export(
         opset=opset,
         precision=precision,
         linear_form=linear_form,
-        examples=None if (source / "export.json").is_file() else real_inputs(source, spec),
+        activations=activations,
+        storage=storage,
+        examples=None if made else real_inputs(source, spec, task=task),
+        calibration=calibration_texts(source, spec) if precision == "int8" and not made else None,
+        data=data,
         overwrite=overwrite,
         external_data=external_data,
         atol=atol,
@@ -375,6 +397,12 @@ def export(
     )
     share = "removed" if manifest.pattern == "structured" else "zeros"
     _show(f"{output}: {manifest.pattern}, {manifest.sparsity['measured']:.1%} {share}, opset {manifest.opset}")
+    if manifest.accuracy is not None:
+        found = manifest.accuracy
+        _show(
+            f"{found.metric} on {found.rows} rows of {data}: {found.pytorch:.4f} in PyTorch (fp32), "
+            f"{found.artifact:.4f} in the artifact ({precision})"
+        )
 
 
 def _data_spec(data: str | None, sets: Sequence[str] | None) -> Any:

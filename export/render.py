@@ -76,7 +76,8 @@ def _totals(inspection: "Inspection") -> list[str]:
     ]
     if totals.two_four_bytes is not None:
         lines.append(f"  as 2:4 + indices     {_size(totals.two_four_bytes)}")
-    lines.append(f"  through deflate      {_size(totals.deflate_bytes)}")
+    lines.append(f"  as values + int64    {_size(totals.sparse_bytes)}  (pst export --storage sparse)")
+    lines.append(f"  through zstd         {_size(totals.zstd_bytes)}")
     return lines + _removal(inspection.structured)
 
 

@@ -1,5 +1,6 @@
 """Each pass alone, on graphs where its claims can be seen."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from export.passes import (
     drop_nan_guard,
     lower_ir_version,
     name_weights,
+    regroup_gelu,
     run_passes,
     share_equal,
     strip_metadata,
@@ -183,3 +185,53 @@ def test_a_guard_that_may_be_needed_stays() -> None:
         model = attention(least=-np.inf, output=output)
         model.graph.output.append(helper.make_tensor_value_info("guarded", TensorProto.FLOAT, None))
         assert not drop_nan_guard.run(model, {})
+
+
+# regroup_gelu ---------------------------------------------------------------------------------------------------------
+
+
+def gelu(*, flipped: bool) -> Any:
+    """y = x * (0.5 * (1 + erf(x / sqrt(2)))), as torch.onnx writes it; *flipped* swaps the factors of each product."""
+    products = [["half", "sum"], ["x", "scaled"]]
+    if flipped:
+        products = [pair[::-1] for pair in products]
+    nodes = [
+        helper.make_node("Div", ["x", "root"], ["divided"]),
+        helper.make_node("Erf", ["divided"], ["erf"]),
+        helper.make_node("Add", ["erf", "one"], ["sum"]),
+        helper.make_node("Mul", products[0], ["scaled"]),
+        helper.make_node("Mul", products[1], ["y"]),
+    ]
+    constants = {"root": np.float32(2**0.5), "one": np.float32(1), "half": np.float32(0.5)}
+    return graph(nodes, {name: np.array(value) for name, value in constants.items()})
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+def test_gelu_becomes_one_operator_of_the_same_bits(flipped: bool, tmp_path: Path) -> None:
+    x = np.random.default_rng(0).standard_normal((64, 32)).astype(np.float32)
+    found = []
+    for regrouped in (False, True):
+        model = gelu(flipped=flipped)
+        for value in (*model.graph.input, *model.graph.output):
+            value.CopyFrom(helper.make_tensor_value_info(value.name, TensorProto.FLOAT, [64, 32]))
+        if regrouped:
+            assert regroup_gelu.run(model, {})
+            assert not regroup_gelu.run(model, {})
+        plain = onnxruntime.SessionOptions()
+        plain.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        found.append(onnxruntime.InferenceSession(model.SerializeToString(), plain).run(None, {"x": x})[0])
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+        onnxruntime.InferenceSession(model.SerializeToString(), options)
+        kinds = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+        assert (kinds == ["Gelu"]) == regrouped
+    assert found[0].tobytes() == found[1].tobytes()
+
+
+def test_a_product_that_is_read_twice_stays() -> None:
+    model = gelu(flipped=False)
+    model.graph.node.append(helper.make_node("Identity", ["scaled"], ["z"]))
+    before = model.SerializeToString()
+    assert not regroup_gelu.run(model, {})
+    assert model.SerializeToString() == before

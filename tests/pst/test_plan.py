@@ -105,6 +105,7 @@ def test_the_overview_counts_weights_and_parameters() -> None:
         ('attention = {pattern = "unstructured", sparsity = "0.9"}', "which is not a number"),
         ('attention = {pattern = "unstructured", sparsity = true}', "which is not a number"),
         ("'re:[' = \"2:4\"", "is not a regular expression"),
+        ('attention = {pattern = "structured", sparsity = 0.5}', "use --pattern structured without a plan"),
     ],
 )
 def test_a_plan_that_cannot_be_read_is_refused(text: str, words: str) -> None:
