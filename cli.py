@@ -84,6 +84,9 @@ def train(
     sparsity: Annotated[
         float | None, typer.Option(help="Fraction of zeros from 0 to below 1, such as 0.9; N:M fixes it.")
     ] = None,
+    plan: Annotated[
+        str | None, typer.Option(help="TOML file that gives each weight a pattern of its own, such as attention dense.")
+    ] = None,
     teacher: Annotated[
         str | None, typer.Option(help="Dense model of the same task to distil from: a folder or hub id.")
     ] = None,
@@ -118,7 +121,14 @@ def train(
     from pst.settings import resolve
 
     flags = {"model": model, "data": data, "method": method, "pattern": pattern, "sparsity": sparsity}
-    flags |= {"teacher": teacher, "epochs": epochs, "steps": steps, "seed": seed, "faithful": faithful or None}
+    flags |= {
+        "plan": plan,
+        "teacher": teacher,
+        "epochs": epochs,
+        "steps": steps,
+        "seed": seed,
+        "faithful": faithful or None,
+    }
     stored = output / "config.yaml"
     if resume and config is None and stored.is_file():
         config = stored
@@ -210,11 +220,14 @@ def prune(
     source: Annotated[str, typer.Argument(help="Run or model folder, or hub id.")],
     output: Output,
     pattern: Annotated[
-        str, typer.Option(help="unstructured, N:M such as 2:4, block:RxC, or structured.")
-    ] = "unstructured",
+        str | None, typer.Option(help="unstructured (default), N:M such as 2:4, block:RxC, or structured.")
+    ] = None,
     sparsity: Annotated[
         float | None, typer.Option(help="Fraction of zeros from 0 to below 1, such as 0.5; N:M fixes it.")
     ] = None,
+    plan: Annotated[
+        str, typer.Option(help="TOML file that gives each weight a pattern of its own, such as attention dense.")
+    ] = "",
     method: Annotated[
         str | None, typer.Option(help="magnitude, or wanda, which looks at inputs too [wanda where --data is given].")
     ] = None,
@@ -247,6 +260,7 @@ def prune(
         output,
         pattern=pattern,
         sparsity=sparsity,
+        plan=plan,
         method=method,
         adjust=compensate,
         data=_data_spec(data, sets),
@@ -268,9 +282,12 @@ def prune(
     epilog="Example: pst export runs/reviews --output artifacts/reviews",
 )
 def export(
-    source: Annotated[Path, typer.Argument(help="Run or model folder.")],
+    source: Annotated[Path, typer.Argument(help="Run or model folder, or an artifact.")],
     output: Output,
-    format: Annotated[str, typer.Option(help="Format of the artifact: onnx.")] = "onnx",  # noqa: A002
+    format: Annotated[  # noqa: A002
+        str,
+        typer.Option(help="onnx; tensorrt, a plan as well; triton or triton-tensorrt, a model folder of Triton's."),
+    ] = "onnx",
     task: Annotated[
         str,
         typer.Option(
@@ -280,20 +297,50 @@ def export(
     ] = "auto",
     opset: Annotated[int, typer.Option(help="ONNX operator set; 17 is the newest that TensorRT 8.6 reads.")] = 17,
     precision: Annotated[
-        str, typer.Option(help="fp32, or products in fp16 or bf16, with norms, softmax and logits in fp32.")
+        str,
+        typer.Option(
+            help="fp32, or products in fp16, bf16 or int8 (calibrated on --data), with norms, softmax and logits in "
+            "fp32."
+        ),
     ] = "fp32",
+    linear_form: Annotated[
+        str,
+        typer.Option(
+            help="Operator of the prunable layers: matmul, gemm (transB, bias inside), conv (1x1, the form with sparse "
+            "kernels in TensorRT 8.6), or auto for what torch.onnx writes."
+        ),
+    ] = "auto",
+    activations: Annotated[
+        str, typer.Option(help="Of int8: uint8 for ONNX Runtime on a CPU, or int8 (symmetric) for TensorRT.")
+    ] = "uint8",
+    storage: Annotated[
+        str,
+        typer.Option(help="dense, or sparse: zeros are left out of the file where that makes it smaller, not faster."),
+    ] = "dense",
     data: DataOption = None,
     sets: DataSets = None,
+    profile: Annotated[
+        str | None,
+        typer.Option(
+            help="Shapes of a plan and of Triton's batches, BATCHxTOKENS: smallest, usual, largest "
+            "[1x1,8x128,32 x the model's limit]."
+        ),
+    ] = None,
+    compute_capability: Annotated[
+        str, typer.Option(help="GPU that TensorRT-RTX builds a plan for, such as SM86 [the one here, else SM80].")
+    ] = "",
     atol: Annotated[
         float | None,
         typer.Option(
             help="Largest absolute difference from PyTorch, per unit of root mean square above 1 "
-            "[fp32 1e-4, fp16 0.1, bf16 1]."
+            "[fp32 1e-4, fp16 0.1, bf16 1, int8 2]."
         ),
     ] = None,
     rtol: Annotated[
         float | None,
-        typer.Option(help="Largest difference relative to PyTorch, added to --atol [fp32 1e-3, fp16 2e-2, bf16 5e-2]."),
+        typer.Option(
+            help="Largest difference relative to PyTorch, added to --atol [fp32 1e-3, fp16 2e-2, others 5e-2]."
+        ),
     ] = None,
     external_data: Annotated[
         bool, typer.Option("--external-data", help="Keep the weights in a file beside model.onnx.")
@@ -303,24 +350,46 @@ def export(
     """Write the ONNX graph of a model, zeros in place, once its pattern and its outputs are proven.
 
     Outputs are compared with PyTorch on random inputs and on real ones: --data, or the validation rows that the model
-    was trained with. Nothing is written when the pattern does not hold or the outputs differ. A causal language model
-    becomes one graph for the prompt and each next token, with its key/value cache.
+    was trained with. Nothing is written when the pattern does not hold or the outputs differ. With --data, the metric
+    of the model and of the artifact is measured as well, where the rows have labels. A causal language model becomes
+    one graph for the prompt and each next token, with its key/value cache. SOURCE may be an artifact already, for a
+    plan or a model folder of Triton's.
     """
+    from export.formats import check_format, export_as
     from export.pipeline import check_options
-    from export.pipeline import export as run
-    from export.real_inputs import real_inputs
+    from export.real_inputs import calibration_texts, real_inputs
 
-    if format != "onnx":
-        raise ConfigError(f"Unknown format {format!r}; use --format onnx.")
-    check_options(output, task=task, opset=opset, precision=precision, overwrite=overwrite, atol=atol, rtol=rtol)
-    examples = real_inputs(source, _data_spec(data, sets))
-    manifest = run(
-        source,
+    check_format(format, output, overwrite=overwrite)
+    spec = _data_spec(data, sets)
+    check_options(
         output,
         task=task,
         opset=opset,
         precision=precision,
-        examples=examples,
+        linear_form=linear_form,
+        activations=activations,
+        storage=storage,
+        overwrite=overwrite,
+        atol=atol,
+        rtol=rtol,
+        calibrated=spec is not None,
+    )
+    made = (source / "export.json").is_file()
+    manifest = export_as(
+        format,
+        source,
+        output,
+        profile=profile,
+        compute_capability=compute_capability,
+        task=task,
+        opset=opset,
+        precision=precision,
+        linear_form=linear_form,
+        activations=activations,
+        storage=storage,
+        examples=None if made else real_inputs(source, spec, task=task),
+        calibration=calibration_texts(source, spec) if precision == "int8" and not made else None,
+        data=data,
         overwrite=overwrite,
         external_data=external_data,
         atol=atol,
@@ -328,6 +397,12 @@ def export(
     )
     share = "removed" if manifest.pattern == "structured" else "zeros"
     _show(f"{output}: {manifest.pattern}, {manifest.sparsity['measured']:.1%} {share}, opset {manifest.opset}")
+    if manifest.accuracy is not None:
+        found = manifest.accuracy
+        _show(
+            f"{found.metric} on {found.rows} rows of {data}: {found.pytorch:.4f} in PyTorch (fp32), "
+            f"{found.artifact:.4f} in the artifact ({precision})"
+        )
 
 
 def _data_spec(data: str | None, sets: Sequence[str] | None) -> Any:
@@ -418,6 +493,25 @@ def bench(
         overwrite=overwrite,
     )
     _show(report.render())
+
+
+@app.command(
+    short_help="Compare two reports of pst bench.",
+    epilog="Example: pst report reports/before reports/after",
+)
+def report(
+    first: Annotated[Path, typer.Argument(help="A report.json, or the folder that holds it.")],
+    second: Annotated[Path, typer.Argument(help="Another, of the same artifacts at the same shapes.")],
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compare two reports of pst bench: two machines, versions or revisions, with each ratio's interval.
+
+    They were not measured in turn, so everything that differs between the two machines is listed beside the ratios.
+    """
+    from serve.bench.comparison import compare_reports
+
+    found = compare_reports(first, second)
+    _show(_json(found.to_json()) if json else found.render())
 
 
 @app.command(short_help="Say where the zeros of any model are.", epilog="Example: pst inspect model.onnx")

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from export.cache import PAST, cache_names
 from export.source import Source
 
 Array = np.ndarray[Any, Any]
@@ -20,6 +21,7 @@ SENTENCES = (
     "Fine.",
 )
 """Text for models that come without examples of their own."""
+CALIBRATION_ROWS = 128  # that int8 is calibrated on, spread evenly over the examples
 _ROWS = 128  # real inputs compared, spread evenly over the examples
 _BATCH = 16
 # Of a decoder, which answers each token with a score for each word of its vocabulary:
@@ -72,6 +74,20 @@ def _random_cases(source: Source) -> Iterator[Case]:
         yield Case(name=f"random {batch}x{length}", feeds=feeds)
 
 
+def calibration_rows(source: Source, examples: Any) -> Iterator[dict[str, Array]]:
+    """The graph's inputs for up to CALIBRATION_ROWS rows of *examples*, one by one and without padding.
+
+    A decoder reads each as a prompt, with an empty cache.
+    """
+    for case in (_texts if source.head.cached else _rows)(source, examples, rows=CALIBRATION_ROWS, batch=1):
+        feeds = dict(case.feeds)
+        if source.head.cached:
+            feeds["position_ids"] = np.arange(case.shape[1], dtype=np.int64)[None]
+            cache = [tensor.numpy() for layer in source.cache for tensor in layer.empty(1)]
+            feeds |= dict(zip(cache_names(PAST, len(source.cache)), cache, strict=True))
+        yield feeds
+
+
 def _pairs(examples: Any, *, rows: int) -> tuple[str, Sequence[str], Sequence[str] | None]:
     """What to call the texts, the first ones, and the second ones where the rows have two."""
     if examples is None:
@@ -81,10 +97,10 @@ def _pairs(examples: Any, *, rows: int) -> tuple[str, Sequence[str], Sequence[st
     return "real", first, [examples.second[index] for index in chosen] if examples.second is not None else None
 
 
-def _rows(source: Source, examples: Any) -> Iterator[Case]:
-    name, first, second = _pairs(examples, rows=_ROWS)
-    for start in range(0, len(first), _BATCH):
-        part = slice(start, start + _BATCH)
+def _rows(source: Source, examples: Any, *, rows: int = _ROWS, batch: int = _BATCH) -> Iterator[Case]:
+    name, first, second = _pairs(examples, rows=rows)
+    for start in range(0, len(first), batch):
+        part = slice(start, start + batch)
         encoded = source.tokenizer(
             list(first[part]), list(second[part]) if second is not None else None,
             truncation=True, padding=True, max_length=source.max_length, return_tensors="np",
@@ -94,19 +110,19 @@ def _rows(source: Source, examples: Any) -> Iterator[Case]:
         yield Case(name=name, feeds=feeds)
 
 
-def _texts(source: Source, examples: Any) -> Iterator[Case]:
+def _texts(source: Source, examples: Any, *, rows: int = _CACHED_ROWS, batch: int = _BATCH) -> Iterator[Case]:
     """For a decoder: the tokens of the first text, and of the second after an end of text, padded on the left."""
-    name, first, second = _pairs(examples, rows=_CACHED_ROWS)
+    name, first, second = _pairs(examples, rows=rows)
     most, end = min(source.max_length, _CACHED_LENGTH), source.tokenizer.eos_token_id
-    rows: list[list[int]] = source.tokenizer(list(first), truncation=True, max_length=most)["input_ids"]
+    tokens: list[list[int]] = source.tokenizer(list(first), truncation=True, max_length=most)["input_ids"]
     if second is not None:
         answers = source.tokenizer(list(second), truncation=True, max_length=most)["input_ids"]
-        rows = [
-            [*row, *([] if end is None else [end]), *answer][:most] for row, answer in zip(rows, answers, strict=True)
+        tokens = [
+            [*row, *([] if end is None else [end]), *answer][:most] for row, answer in zip(tokens, answers, strict=True)
         ]
-    rows = [row for row in rows if row]
-    for start in range(0, len(rows), _BATCH):
-        part = rows[start : start + _BATCH]
+    tokens = [row for row in tokens if row]
+    for start in range(0, len(tokens), batch):
+        part = tokens[start : start + batch]
         longest = max(map(len, part))
         ids = np.array([[source.pad_token_id] * (longest - len(row)) + row for row in part], dtype=np.int64)
         mask = np.array([[0] * (longest - len(row)) + [1] * len(row) for row in part], dtype=np.int64)

@@ -58,6 +58,10 @@ class GraphWeight:
         difference: Array = array.astype(np.int32) - self.zero_point
         return difference
 
+    def matrix(self) -> tuple[Array, int]:
+        """``values`` as a 2-D array, and its reduction axis: a 1x1 kernel (n, k, 1, 1) is (n, k) with axis 1."""
+        return as_matrix(self.values(), self.axis)
+
 
 def _data_type(tensor: Any) -> int:
     return int(tensor.values.data_type if isinstance(tensor, onnx.SparseTensorProto) else tensor.data_type)

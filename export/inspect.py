@@ -100,6 +100,22 @@ def _model_type(folder: Path) -> str | None:
     return kind if isinstance(kind, str) else None
 
 
+def _stated(path: Path) -> dict[str, str]:
+    """The pattern of each weight of a folder that a plan was followed in, as its report says, by its stored name."""
+    if path.is_file() and path.name not in ("model.onnx", "model.safetensors"):
+        return {}
+    folder = path.parent if path.is_file() else path
+    file = folder / FILE_NAME if (folder / FILE_NAME).is_file() else resolve_model(folder) / "sparsity.json"
+    if not file.is_file():
+        return {}
+    rows = read_json(file, ModelError, "write it again, or delete it.").get("weights")
+    rows = rows if isinstance(rows, list) else []
+    return {
+        str(row.get("initializer", row.get("name"))): str(row["pattern"])
+        for row in rows if isinstance(row, dict) and row.get("pattern")
+    }  # fmt: skip
+
+
 def _prunable(model_type: str | None, names: Iterable[str]) -> set[str]:
     """Which of the table's weights training would prune; all of them where the names say nothing."""
     rules = architecture(model_type or "generic").prunable
@@ -115,7 +131,7 @@ def _inspect_tensors(path: Path, kind: str, tensors: dict[str, StoredTensor], fo
     tensors = {name: tensors[name] for name in sorted(tensors, key=_natural)}
     rows = {name for name, tensor in tensors.items() if _is_product(tensor)}
     transposed = _has_conv1d(tensors, model_type)
-    prunable = _prunable(model_type, rows)
+    prunable, stated = _prunable(model_type, rows), _stated(path)
 
     def items() -> Iterator[_Item]:
         for name, tensor in tensors.items():
@@ -124,7 +140,8 @@ def _inspect_tensors(path: Path, kind: str, tensors: dict[str, StoredTensor], fo
                 row = measure(
                     name, tensor.nonzero(), partial(_tensor_bytes, tensor), axis=axis,
                     dtype=tensor.dtype.lower(), itemsize=tensor.itemsize,
-                    prunable=name in prunable,
+                    prunable=name in prunable, form="Linear" if axis == 1 else "Conv1D",
+                    stated=stated.get(name),
                 )  # fmt: skip
                 yield row, row.size, row.zeros, row.size * tensor.itemsize
             elif tensor.is_float:
@@ -177,7 +194,7 @@ def _inspect_onnx(file: Path, kind: str, path: Path) -> Inspection:
     model_type = _model_type(file.parent)
     weights = {weight.name: weight for weight in graph.find_weights(model)}
     stored = graph.stored_tensors(model.graph)
-    prunable = _prunable(model_type, weights)
+    prunable, stated = _prunable(model_type, weights), _stated(path)
 
     def items() -> Iterator[_Item]:
         for name, weight in weights.items():
@@ -186,7 +203,7 @@ def _inspect_onnx(file: Path, kind: str, path: Path) -> Inspection:
             row = measure(
                 name, matrix, partial(_onnx_bytes, weight), axis=axis,
                 dtype=graph.type_name(weight.tensor), itemsize=weight.itemsize, prunable=name in prunable,
-                shape=weight.shape, stored_axis=weight.axis,
+                form=weight.op, stated=stated.get(name), shape=weight.shape, stored_axis=weight.axis,
             )  # fmt: skip
             yield row, row.size, row.zeros, row.size * weight.itemsize
         for name, tensor in stored.items():

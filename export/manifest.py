@@ -44,6 +44,10 @@ class WeightInfo:
     """Reduction axis, as the ONNX file stores it."""
     density: float
     """Fraction of non-zeros."""
+    form: str = ""
+    """The operator that reads it: MatMul, Gemm or Conv. Empty in artifacts of versions that did not say."""
+    pattern: str = ""
+    """That holds in it along the axis; dense where nothing is claimed. Likewise empty."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +62,24 @@ class Parity:
     scores: regression and feature_extraction."""
     tolerance: Mapping[str, float]
     """atol and rtol: every output is within atol * size + rtol * |PyTorch|; size is the outputs' root mean square, 1 at
-    least. Of a half type also rms: the root mean square of the differences is within rms * size."""
+    least. Of a half type and int8 also rms: the root mean square of the differences is within rms * size."""
     cases: tuple[Mapping[str, Any], ...]
     """Of each group of inputs: name, rows, batch_size, sequence_length, max_abs_error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accuracy:
+    """The task's metric of the model and of the artifact, on the same rows."""
+
+    metric: str
+    """accuracy, f1, matthews or pearson."""
+    pytorch: float
+    """Of the model, in float32."""
+    artifact: float
+    """Of the graph, in ONNX Runtime on the CPU; of bf16 with the rounding that a GPU does."""
+    rows: int
+    fingerprint: str
+    """SHA-256 of the rows' content."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +90,7 @@ class Manifest:
     outputs: tuple[TensorInfo, ...]
     opset: int
     precision: str
-    """Of the graph's weights and arithmetic: fp32, or fp16 or bf16 with fp32 norms, softmax and logits."""
+    """Of the graph's weights and arithmetic: fp32, or fp16, bf16 or int8 with fp32 norms, softmax and logits."""
     task: str
     """classification, regression, or another head: token_classification, question_answering, feature_extraction,
     text_generation."""
@@ -81,6 +100,7 @@ class Manifest:
     """Tokens a row is cut to; of text_generation, the most that prompt and answer have together."""
     pad_token_id: int
     pattern: str
+    """Of all weights; dense where nothing is claimed, mixed where each has its own."""
     sparsity: Mapping[str, float]
     """requested and measured fraction of zeros over *weights*; of pattern structured, of what was removed."""
     weights: tuple[WeightInfo, ...]
@@ -93,6 +113,10 @@ class Manifest:
     """Of the packages that made it."""
     structured: Mapping[str, Any] | None = None
     """Where heads and neurons were removed, what is left of each layer, as config.json has it; None elsewhere."""
+    quantization: Mapping[str, Any] | None = None
+    """Of int8: activations (uint8 or int8), calibration_rows; None for other precisions."""
+    accuracy: Accuracy | None = None
+    """None where no labelled data was given."""
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> dict[str, Any]:
@@ -129,6 +153,8 @@ class Manifest:
                 source=dict(value["source"]),
                 versions=dict(value["versions"]),
                 structured=None if value.get("structured") is None else dict(value["structured"]),
+                quantization=None if value.get("quantization") is None else dict(value["quantization"]),
+                accuracy=_accuracy(value.get("accuracy")),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ArtifactError(f"{where} is not a whole export.json ({error!r}); {_AGAIN}") from error
@@ -172,7 +198,8 @@ def _tensor(row: Mapping[str, Any]) -> TensorInfo:
 def _weight(row: Mapping[str, Any]) -> WeightInfo:
     return WeightInfo(
         name=str(row["name"]), initializer=str(row["initializer"]), shape=tuple(int(size) for size in row["shape"]),
-        axis=int(row["axis"]), density=float(row["density"]),
+        axis=int(row["axis"]), density=float(row["density"]), form=str(row.get("form", "")),
+        pattern=str(row.get("pattern", "")),
     )  # fmt: skip
 
 
@@ -185,3 +212,12 @@ def _parity(value: Mapping[str, Any]) -> Parity:
         tolerance=dict(value["tolerance"]),
         cases=tuple(dict(case) for case in value["cases"]),
     )
+
+
+def _accuracy(value: Mapping[str, Any] | None) -> Accuracy | None:
+    if value is None:
+        return None
+    return Accuracy(
+        metric=str(value["metric"]), pytorch=float(value["pytorch"]), artifact=float(value["artifact"]),
+        rows=int(value["rows"]), fingerprint=str(value["fingerprint"]),
+    )  # fmt: skip

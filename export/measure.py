@@ -1,12 +1,12 @@
 """Density, patterns and sizes of one weight, from where its non-zeros are."""
 
 import math
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import zstandard
 
 from pst.patterns import parse_pattern
 
@@ -46,8 +46,14 @@ class WeightReport:
     """One bit per entry and the non-zeros; the dense size where that is smaller."""
     two_four_bytes: int
     """Half the entries and two bits for the place of each, where 2:4 holds; elsewhere the dense size."""
-    deflate_bytes: int
-    """The stored bytes through zlib at level 1."""
+    sparse_bytes: int
+    """The non-zeros and an int64 index for each, as in ONNX's sparse_initializer; or the dense size."""
+    zstd_bytes: int
+    """The stored bytes through Zstandard at level 3."""
+    form: str = "Linear"
+    """What multiplies with it: the ONNX operator, MatMul, Gemm or Conv; of a safetensors file Linear or Conv1D."""
+    stated: str | None = None
+    """The pattern that the folder's sparsity.json or export.json gives it; None where it says nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +75,10 @@ class Totals:
     """Of all parameters with each weight of the table as bitmask and values, or dense where that is smaller."""
     two_four_bytes: int | None
     """Likewise with weights that hold 2:4 in that form; None where none does."""
-    deflate_bytes: int
-    """Likewise with each weight of the table through zlib at level 1."""
+    sparse_bytes: int
+    """Likewise with values and int64 indices: what ``pst export --storage sparse`` writes."""
+    zstd_bytes: int
+    """Likewise with each weight of the table through Zstandard at level 3."""
 
 
 def measure(
@@ -82,6 +90,8 @@ def measure(
     dtype: str,
     itemsize: float,
     prunable: bool,
+    form: str = "Linear",
+    stated: str | None = None,
     shape: tuple[int, ...] | None = None,
     stored_axis: int | None = None,
 ) -> WeightReport:
@@ -101,7 +111,8 @@ def measure(
         prunable=prunable, dense_bytes=dense,
         bitmask_bytes=min(dense, math.ceil(size / 8) + math.ceil(kept * itemsize)),
         two_four_bytes=math.ceil(size / 2 * itemsize + size / 8) if "2:4" in patterns else dense,
-        deflate_bytes=len(zlib.compress(data(), 1)),
+        sparse_bytes=min(dense, math.ceil(kept * (itemsize + 8))),
+        zstd_bytes=len(zstandard.ZstdCompressor(level=3).compress(data())), form=form, stated=stated,
     )  # fmt: skip
 
 
@@ -129,5 +140,6 @@ def add_up(rows: Sequence[WeightReport], *, parameters: int, zeros: int, dense_b
         dense_bytes=dense_bytes,
         bitmask_bytes=rest + sum(row.bitmask_bytes for row in rows),
         two_four_bytes=rest + sum(row.two_four_bytes for row in rows) if two_four else None,
-        deflate_bytes=rest + sum(row.deflate_bytes for row in rows),
+        sparse_bytes=rest + sum(row.sparse_bytes for row in rows),
+        zstd_bytes=rest + sum(row.zstd_bytes for row in rows),
     )  # fmt: skip

@@ -12,13 +12,18 @@ from typing import Any
 
 import onnx
 
+from export.accuracy import has_metric, measure_accuracy
 from export.cache import PAST, cache_names
+from export.cases import CALIBRATION_ROWS, calibration_rows
+from export.graph import find_weights
 from export.heads import check_task
 from export.manifest import MODEL_NAME, Manifest, TensorInfo
 from export.parity import check_parity, open_session
-from export.passes import run_passes
+from export.passes import LINEAR_FORMS, OPERATORS, check_linear_form, run_passes
 from export.precision import MEAN_SHARE, PRECISIONS, TOLERANCES, check_precision, to_precision
+from export.quantize import check_activations, quantize, verify_quantized
 from export.source import SPARSITY_FILE, Source, load_source
+from export.sparse_storage import check_storage, store_sparse
 from export.tensors import weight_files
 from export.trace import check_opset, trace
 from export.verify import measured_sparsity, verify_claims, verify_graph, weights_as_found
@@ -26,12 +31,15 @@ from export.widen import widen
 from pst import __version__
 from pst.errors import ConfigError
 from pst.files import atomic_folder, refuse_existing, sha256
+from pst.plan import MIXED
 from pst.progress import note, progress
+from pst.sparsify import prunable_weights
 from pst.structured.report import FIELD, removed_share
 
 _PROTOBUF_LIMIT = 2_000_000_000  # bytes; a protobuf file ends at 2 GiB, some of which is the graph
 _LOAD, _TRACE, _WRITE, _COMPARE = 15, 50, 5, 30  # per cent of the time that each stage usually takes
 _STEPS = _LOAD + _TRACE + _WRITE + _COMPARE
+_CONV_IN_BF16 = 22  # opset
 _COPIED = ("config.json", "generation_config.json")
 _PACKAGES = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime", "tokenizers", "numpy")
 
@@ -43,7 +51,12 @@ def export(
     task: str = "auto",
     opset: int = 17,
     precision: str = "fp32",
+    linear_form: str = "auto",
+    activations: str = "uint8",
+    storage: str = "dense",
     examples: Any = None,
+    calibration: Any = None,
+    data: str | None = None,
     overwrite: bool = False,
     external_data: bool = False,
     atol: float | None = None,
@@ -52,29 +65,63 @@ def export(
     """Write the ONNX artifact of a run or model folder to *output*, and return its manifest.
 
     *task* is the name of a head (export/heads), or "auto" for the one that the model's class has. *precision* is fp32,
-    fp16 or bf16, by the rule in export/precision.py.
+    fp16 or bf16, by the rule in export/precision.py, or int8, by that in export/quantize.py: with *activations* uint8
+    or int8, and ranges from the rows of *calibration* (texts like *examples*), which it cannot do without.
+    *linear_form* is one of export.passes.LINEAR_FORMS: the operator that the prunable layers are written as. *storage*
+    is dense or sparse, see export/sparse_storage.py.
     *examples* (a pst.data.Examples) are the real inputs on which ONNX Runtime is compared with PyTorch; without them a
-    few built-in sentences are used. *external_data* keeps the weights in a file beside model.onnx, as is always done
-    above 2 GB. *atol* and *rtol* bound the difference of every output, as export.parity says; None stands for the
-    precision's own.
+    few built-in sentences are used. *data* is what the user called them: then, where they have labels, the metric of
+    the model and of the artifact on all of them is part of the manifest. *external_data* keeps the weights in a file
+    beside model.onnx, as is always done above 2 GB. *atol* and *rtol* bound the difference of every output, as
+    export.parity says; None stands for the precision's own.
     Nothing is written unless the pattern holds and the outputs agree.
     Raises ConfigError, ModelError, ArtifactError, RunError and StorageError.
     """
-    check_options(output, task=task, opset=opset, precision=precision, overwrite=overwrite, atol=atol, rtol=rtol)
+    check_options(
+        output, task=task, opset=opset, precision=precision, linear_form=linear_form, activations=activations,
+        storage=storage, overwrite=overwrite, atol=atol, rtol=rtol, calibrated=calibration is not None,
+    )  # fmt: skip
     with progress("Exporting", total=_STEPS) as advance:
         return _export(
-            source, output, advance, task=task, opset=opset, precision=precision, examples=examples,
+            source, output, advance, task=task, opset=opset, precision=precision, linear_form=linear_form,
+            activations=activations, storage=storage, examples=examples, calibration=calibration, data=data,
             overwrite=overwrite, external_data=external_data, atol=atol, rtol=rtol,
         )  # fmt: skip
 
 
 def check_options(
-    output: Path, *, task: str, opset: int, precision: str, overwrite: bool, atol: float | None, rtol: float | None
+    output: Path,
+    *,
+    task: str,
+    opset: int,
+    precision: str,
+    overwrite: bool,
+    atol: float | None,
+    rtol: float | None,
+    linear_form: str = "auto",
+    activations: str = "uint8",
+    storage: str = "dense",
+    calibrated: bool = True,
 ) -> None:
-    """Raise what export raises for options that no model could be exported with, before any work is done."""
+    """Raise what export raises for options that no model could be exported with, before any work is done.
+
+    *calibrated*: whether there is text for int8 to be calibrated on.
+    """
     check_task(task)
     check_opset(opset)
     check_precision(precision)
+    check_linear_form(linear_form)
+    if linear_form == "conv" and precision == "bf16" and opset < _CONV_IN_BF16:
+        raise ConfigError(
+            f"Conv takes bf16 from opset {_CONV_IN_BF16} on; use --opset {_CONV_IN_BF16}, --precision fp16, or another "
+            "--linear-form."
+        )
+    check_activations(activations)
+    check_storage(storage)
+    if precision == "int8" and linear_form == "conv":
+        raise ConfigError("int8 is for MatMul and Gemm; use another --linear-form, or --precision fp16.")
+    if precision == "int8" and not calibrated:
+        raise ConfigError("int8 needs real text, which the ranges of its activations are taken from; give --data.")
     for name, tolerance in (("atol", atol), ("rtol", rtol)):
         if tolerance is not None and not 0 <= tolerance < math.inf:
             raise ConfigError(f"--{name} is {tolerance:g}; it must be a finite number of at least 0.")
@@ -89,7 +136,12 @@ def _export(
     task: str,
     opset: int,
     precision: str,
+    linear_form: str,
+    activations: str,
+    storage: str,
     examples: Any,
+    calibration: Any,
+    data: str | None,
     overwrite: bool,
     external_data: bool,
     atol: float | None,
@@ -106,24 +158,38 @@ def _export(
         model = trace(loaded, opset=opset)
         advance(_TRACE)
         run_passes(model, weights)
-        if precision != "fp32":
+
+        def prove(what: str) -> None:
+            """Before another rewrite, which would hide whose fault a difference is."""
             exact = _tolerance("fp32", atol, rtol)
+            verify_graph(model, weights, claims, pattern=pattern)
             proven = check_parity(loaded, _session(model), examples=examples, atol=exact[0], rtol=exact[1])
-            note(f"In fp32, outputs agree with PyTorch within {proven.max_abs_error:.1e}.")
+            note(f"{what}, outputs agree with PyTorch within {proven.max_abs_error:.1e}.")
+
+        if linear_form != "auto":
+            prove("As torch.onnx wrote it")
+            _to_form(model, loaded, weights, linear_form)
+        if precision != "fp32":
+            prove("In fp32")
         weights = to_precision(
             model, weights, precision=precision, outputs=loaded.head.outputs,
             halved=cache_names(PAST, len(loaded.cache)),
         )  # fmt: skip
-        infos = verify_graph(model, weights, claims, pattern=pattern) or weights_as_found(model, weights)
-        removal: dict[str, Any] | None = getattr(loaded.model.config, FIELD, None)
-        measured = removed_share(removal) if removal and pattern == "structured" else measured_sparsity(infos)
-        requested = float(report.get("sparsity", {}).get("requested", 0.0))
-        claim = "was taken as found" if pattern == "dense" else f"holds {pattern} along its reduction axis"
-        if removal and pattern == "structured":
-            note(f"Each of {len(infos)} weights is as trained; {measured:.1%} of the {removal['target']} are gone.")
+        removal: dict[str, Any] | None = getattr(loaded.model.config, FIELD, None) if pattern == "structured" else None
+        if precision == "int8":
+            linears = {item.name: item.axis for item in prunable_weights(loaded.model)}
+            note(f"Quantizing {len(linears)} weights, calibrated on {min(len(calibration), CALIBRATION_ROWS)} rows ...")
+            quantize(model, linears, calibration_rows(loaded, calibration), activations=activations)
+            infos = verify_quantized(model, weights, linears, pattern=pattern, claims=claims)
         else:
-            note(f"Each of {len(infos)} weights {claim}; {measured:.1%} of them are zeros.")
-        wide = None if precision == "fp32" else _session(widen(model, PRECISIONS[precision]))
+            infos = verify_graph(model, weights, claims, pattern=pattern) or weights_as_found(model, weights)
+        measured = removed_share(removal) if removal else measured_sparsity(infos)
+        requested = float(report.get("sparsity", {}).get("requested", 0.0))
+        note(_found(len(infos), measured, pattern=pattern, removal=removal))
+        wide = None if precision in ("fp32", "int8") else _session(widen(model, PRECISIONS[precision]))
+        if storage == "sparse":
+            names, saved = store_sparse(model)
+            note(f"{len(names)} tensors are stored without their zeros, which saves {saved / 1e6:,.2f} MB.")
         save_onnx(model, folder / MODEL_NAME, external_data=external_data)
         advance(_WRITE)
         allowed = _tolerance(precision, atol, rtol)
@@ -136,6 +202,14 @@ def _export(
             as_stored = open_session(folder / MODEL_NAME)
             check_parity(loaded, as_stored, examples=examples, atol=allowed[0], rtol=allowed[1])
         note(f"Outputs agree with PyTorch within {parity.max_abs_error:.1e}.")
+        accuracy = None
+        if data is not None and has_metric(loaded, examples):
+            session = wide if precision == "bf16" else open_session(folder / MODEL_NAME)
+            accuracy = measure_accuracy(loaded, session, examples, data=data)
+        quantization = None
+        if precision == "int8":
+            rows = min(len(calibration), CALIBRATION_ROWS)
+            quantization = {"activations": activations, "calibration_rows": rows}
         for name in _COPIED:
             if (loaded.folder / name).is_file():
                 shutil.copyfile(loaded.folder / name, folder / name)
@@ -147,10 +221,30 @@ def _export(
             pad_token_id=loaded.pad_token_id, pattern=pattern,
             sparsity={"requested": requested, "measured": measured}, weights=infos, parity=parity,
             files={path.name: sha256(path) for path in sorted(folder.iterdir())},
-            source=_provenance(loaded), versions=_versions(), structured=removal,
+            source=_provenance(loaded), versions=_versions(), structured=removal, quantization=quantization,
+            accuracy=accuracy,
         )  # fmt: skip
         manifest.save(folder)
     return manifest
+
+
+def _found(count: int, share: float, *, pattern: str, removal: dict[str, Any] | None) -> str:
+    """What was checked of *count* weights, with the *share* of zeros, or of what was removed."""
+    if removal:
+        return f"Each of {count} weights is as trained; {share:.1%} of the {removal['target']} are gone."
+    held = "its own pattern" if pattern == MIXED else pattern
+    claim = "was taken as found" if pattern == "dense" else f"holds {held} along its reduction axis"
+    return f"Each of {count} weights {claim}; {share:.1%} of them are zeros."
+
+
+def _to_form(model: Any, loaded: Source, weights: Any, linear_form: str) -> None:
+    """Bring the prunable layers into the form, and say which of them keep another."""
+    prunable = {item.name: weights[item.name] for item in prunable_weights(loaded.model)}
+    run_passes(model, prunable, passes=LINEAR_FORMS[linear_form])
+    others = [found.name for found in find_weights(model)
+              if found.name in prunable and found.op != OPERATORS[linear_form]]  # fmt: skip
+    if others:
+        note(f"{len(others)} weights keep the form that torch.onnx gave them, {others[0]} among them.")
 
 
 def _tolerance(precision: str, atol: float | None, rtol: float | None) -> tuple[float, float]:
@@ -192,7 +286,8 @@ class _Counter:
 
 def save_onnx(model: Any, path: Path, *, external_data: bool = False) -> None:
     """Write a ModelProto, its weights in NAME.data beside it when asked or when they would not fit. Changes *model*."""
-    size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
+    values = (part for sparse in model.graph.sparse_initializer for part in (sparse.values, sparse.indices))
+    size = sum(len(tensor.raw_data) for tensor in (*model.graph.initializer, *values))
     if external_data or size > _PROTOBUF_LIMIT:
         onnx.save(model, path, save_as_external_data=True, location=f"{path.name}.data", size_threshold=1024)
     else:

@@ -23,9 +23,12 @@ from pst.errors import ArtifactError, ConfigError, ModelError
 
 Array = np.ndarray[Any, Any]
 _LARGEST = {TensorProto.FLOAT16: 65504.0, TensorProto.BFLOAT16: 3.3895314e38}  # the largest finite numbers
-PRECISIONS = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
-TOLERANCES = {"fp32": (1e-4, 1e-3), "fp16": (1e-1, 2e-2), "bf16": (1.0, 5e-2)}
-"""atol and rtol of the comparison with PyTorch in float32; bf16 keeps 8 bits of a number, fp16 11.
+PRECISIONS = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16,
+              "int8": TensorProto.INT8}  # fmt: skip
+"""What weights are stored in; int8 is export/quantize.py's."""
+TOLERANCES = {"fp32": (1e-4, 1e-3), "fp16": (1e-1, 2e-2), "bf16": (1.0, 5e-2), "int8": (2.0, 5e-2)}
+"""atol and rtol of the comparison with PyTorch in float32; bf16 keeps 8 bits of a number, fp16 11, int8 7 or 8 of the
+largest number of a tensor.
 
 Among many outputs of a half type one always lies far off, where an outlier among the activations was rounded, and in
 PyTorch too. So there MEAN_SHARE counts as well, and the float32 graph is held to its own tolerance before it is
@@ -58,7 +61,7 @@ def to_precision(
     ArtifactError where a weight is too large for the type.
     """
     check_precision(precision)
-    if precision == "fp32":
+    if precision in ("fp32", "int8"):
         return dict(weights)
     if model.functions or any(entry.HasField("g") for node in model.graph.node for entry in node.attribute):
         raise ModelError(f"The graph holds subgraphs, which cannot be written in {precision}; use --precision fp32.")

@@ -9,28 +9,32 @@ from export.measure import WeightReport
 if TYPE_CHECKING:
     from export.inspect import Inspection
 
-_COLUMNS = ("weight", "shape", "type", "axis", "density", "zero rows", "zero columns", "patterns")
-_LEFT = (0, 7)  # columns that are aligned on the left
+_COLUMNS = ("weight", "shape", "type", "form", "axis", "density", "zero rows", "zero columns", "patterns", "stated")
+"""The last one only where weights are said to have different patterns."""
+_LEFT = (0, 3, 8, 9)  # columns that are aligned on the left
 
 
 def render(inspection: "Inspection", *, terminal: bool) -> str:
     """The table of weights and the totals; *terminal* chooses a rich table in the terminal's width."""
     rows = [_cells(row) for row in inspection.weights]
+    if len({row.stated for row in inspection.weights} - {None}) > 1:  # a plan
+        rows = [(*cells, row.stated or "-") for cells, row in zip(rows, inspection.weights, strict=True)]
     table = _rich_table(rows) if terminal else _plain_table(rows)
     return "\n".join([_heading(inspection), "", table, "", *_totals(inspection)]) + "\n"
 
 
 def _cells(row: WeightReport) -> tuple[str, ...]:
     return (
-        row.name, " x ".join(str(size) for size in row.shape), row.dtype, str(row.axis), f"{row.density:.4f}",
+        row.name, " x ".join(str(size) for size in row.shape), row.dtype, row.form, str(row.axis), f"{row.density:.4f}",
         str(row.zero_rows), str(row.zero_columns), ", ".join(row.patterns) or "-",
     )  # fmt: skip
 
 
 def _plain_table(rows: list[tuple[str, ...]]) -> str:
-    widths = [max(len(row[column]) for row in [_COLUMNS, *rows]) for column in range(len(_COLUMNS))]
+    table = [_COLUMNS[: len(rows[0])] if rows else _COLUMNS[:-1], *rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = []
-    for row in [_COLUMNS, *rows]:
+    for row in table:
         cells = [
             cell.ljust(width) if column in _LEFT else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
@@ -46,7 +50,7 @@ def _rich_table(rows: list[tuple[str, ...]]) -> str:
     from rich.text import Text
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for column, title in enumerate(_COLUMNS):
+    for column, title in enumerate(_COLUMNS[: len(rows[0])] if rows else _COLUMNS[:-1]):
         table.add_column(title, justify="left" if column in _LEFT else "right", overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
@@ -72,7 +76,8 @@ def _totals(inspection: "Inspection") -> list[str]:
     ]
     if totals.two_four_bytes is not None:
         lines.append(f"  as 2:4 + indices     {_size(totals.two_four_bytes)}")
-    lines.append(f"  through deflate      {_size(totals.deflate_bytes)}")
+    lines.append(f"  as values + int64    {_size(totals.sparse_bytes)}  (pst export --storage sparse)")
+    lines.append(f"  through zstd         {_size(totals.zstd_bytes)}")
     return lines + _removal(inspection.structured)
 
 

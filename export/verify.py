@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from export.graph import GraphWeight, find_weights
+from export.graph import GraphWeight, as_matrix, find_weights
 from export.manifest import WeightInfo
 from export.passes.name_weights import same_bits
 from pst.errors import ArtifactError
@@ -22,12 +22,14 @@ _DENSITY_TOLERANCE = 5e-4  # of the density that sparsity.json states, which may
 def verify_claims(weights: Mapping[str, Array], claims: Sequence[Mapping[str, Any]], *, pattern: str) -> None:
     """Check what sparsity.json says against the PyTorch weights, before any time is spent on tracing.
 
-    For each of *claims* (name, shape, axis, density): the weight of that name has that shape and density, and *pattern*
-    holds along that axis. ``dense`` claims nothing about zeros.
+    For each of *claims* (name, shape, axis, density, and pattern where weights have different ones): the weight of that
+    name has that shape and density, and its pattern, or else *pattern*, holds along that axis. ``dense`` claims nothing
+    about zeros.
     Raises ArtifactError for the first that fails, PatternError for a pattern that no one knows.
     """
-    rule = None if pattern == "dense" else parse_pattern(pattern)
     for claim in claims:
+        spec = str(claim.get("pattern", pattern))
+        rule = None if spec == "dense" else parse_pattern(spec)
         name, axis = str(claim["name"]), int(claim["axis"])
         trained = weights.get(name)
         if trained is None:
@@ -44,7 +46,7 @@ def verify_claims(weights: Mapping[str, Array], claims: Sequence[Mapping[str, An
                 "The weights were changed after training; train again."
             )
         if rule is not None and not rule.holds(trained, axis=axis):
-            raise _does_not_hold(pattern, name, axis, trained.shape)
+            raise _does_not_hold(spec, name, axis, trained.shape)
 
 
 def verify_graph(
@@ -54,15 +56,16 @@ def verify_graph(
 
     For each of *claims*, which verify_claims accepted: the graph multiplies with a tensor that equals the PyTorch
     weight bit for bit once their reduction axes are aligned, so that zeros are the same in number and place; and
-    *pattern* holds along the axis that the graph sums over. Raises ArtifactError for the first that fails.
+    its pattern holds along the axis that the graph sums over. Raises ArtifactError for the first that fails.
     """
     graph, infos = find_weights(model), []
     for claim in claims:
-        name = str(claim["name"])
+        name, spec = str(claim["name"]), str(claim.get("pattern", pattern))
         weight, values = _find(name, weights[name], int(claim["axis"]), graph)
-        if pattern != "dense" and not parse_pattern(pattern).holds(values, axis=weight.axis):
-            raise _does_not_hold(pattern, name, weight.axis, weight.shape)
-        infos.append(_info(name, weight, values))
+        matrix, axis = as_matrix(values, weight.axis)
+        if spec != "dense" and not parse_pattern(spec).holds(matrix, axis=axis):
+            raise _does_not_hold(spec, name, weight.axis, weight.shape)
+        infos.append(_info(name, weight, values, pattern=spec))
     return tuple(infos)
 
 
@@ -90,10 +93,10 @@ def measured_sparsity(weights: Sequence[WeightInfo]) -> float:
     return float(1.0 - (sizes @ densities) / sizes.sum()) if len(weights) else 0.0
 
 
-def _info(name: str, weight: GraphWeight, values: Array) -> WeightInfo:
+def _info(name: str, weight: GraphWeight, values: Array, *, pattern: str = "dense") -> WeightInfo:
     return WeightInfo(
-        name=name, initializer=weight.name, shape=weight.shape, axis=weight.axis,
-        density=int(np.count_nonzero(values)) / values.size,
+        name=name, initializer=weight.name, form=weight.op, shape=weight.shape, axis=weight.axis,
+        density=int(np.count_nonzero(values)) / values.size, pattern=pattern,
     )  # fmt: skip
 
 
@@ -101,10 +104,10 @@ def _find(name: str, trained: Array, axis: int, graph: Sequence[GraphWeight]) ->
     """The tensor of *graph* that is *trained*: by name, else, for one that equal weights share, by value."""
     wanted = np.moveaxis(trained, axis, 0)
     named = [weight for weight in graph if weight.name == name]
-    for weight in named or [weight for weight in graph if sorted(weight.shape) == sorted(trained.shape)]:
-        values = weight.values()
-        if values.ndim == trained.ndim and same_bits(np.moveaxis(values, weight.axis, 0), wanted):
-            return weight, values
+    for weight in named or [weight for weight in graph if np.prod(weight.shape) == trained.size]:
+        matrix, along = weight.matrix()
+        if same_bits(np.moveaxis(matrix, along, 0), wanted):
+            return weight, weight.values()
     if named:
         zeros = int(named[0].values().size - np.count_nonzero(named[0].values()))
         raise ArtifactError(

@@ -7,6 +7,9 @@ A stage begins when the schedule asks for STEP fewer weights than the last one l
     3. masks are chosen with |W| Q in place of |W| (pst/compensation.py), at the stage's sparsity;
     4. W0 becomes the compensated weight under its mask.
 
+Under a plan (pst/plan.py) the sparsity of a stage is what no weight goes beyond: those that end below it are calibrated
+again at their own, as their inputs change with the stage. A stage is due by what the sparsest weights lose.
+
 So W0 is frozen for the gradient alone, and what U V learned in one stage does not count against its rank in the next.
 """
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pst.errors import ConfigError
 from pst.patterns import Pattern, check_sparsity, parse_pattern, sharing
 from pst.patterns.structured import Structured
+from pst.plan import GLOBAL_PLAN, MIXED, read_plan
 from pst.schedule import CubicSchedule
 from pst.settings import field
 
@@ -39,6 +40,9 @@ class TrainConfig:
     pattern: str = field("unstructured", "what shape stays: unstructured, N:M such as 2:4, block:RxC, or structured")
     sparsity: float | None = field(
         None, "fraction of each prunable weight that becomes zero, N:M fixes it; of structured, what is removed"
+    )
+    plan: str = field(
+        "", "TOML file that gives each weight a pattern of its own, in place of pattern and sparsity; or its text"
     )
     structured_target: Literal["macs", "parameters"] = field(
         "macs", "structured: what the sparsity is a fraction of, the transformer blocks' multiply-adds or parameters"
@@ -180,8 +184,13 @@ class TrainConfig:
         return parse_pattern(self.pattern)
 
     def _settled_pattern(self, *, prunes: bool, keeps: bool) -> dict[str, Any]:
+        if self.plan and (not prunes or keeps):
+            why = "keeps the zeros that the model has" if keeps else "prunes nothing"
+            raise ConfigError(f"Method {self.method} {why}; leave --plan out.")
         if not prunes:
             return {"pattern": "dense", "sparsity": 0.0}
+        if self.plan:
+            return self._settled_plan()
         pattern = self.parsed_pattern()
         if keeps and self.sparsity is not None:
             raise ConfigError(
@@ -201,8 +210,21 @@ class TrainConfig:
                 "leave --sparsity out."
             )
         final = self.sparsity if fixed is None else fixed
-        initial, warmup, cooldown = self.sparsity_initial, self.sparsity_warmup, self.sparsity_cooldown
         assert final is not None
+        self._check_schedule(final)
+        return {"sparsity": final}
+
+    def _settled_plan(self) -> dict[str, Any]:
+        plan = read_plan(self.plan)
+        if self.pattern not in ("unstructured", MIXED) or self.sparsity not in (None, plan.sparsity):
+            raise ConfigError("The plan says pattern and sparsity of each weight; leave --pattern and --sparsity out.")
+        if self.budget == "global":
+            raise ConfigError(GLOBAL_PLAN)
+        self._check_schedule(plan.sparsity)
+        return {"plan": plan.text, "pattern": MIXED, "sparsity": plan.sparsity}
+
+    def _check_schedule(self, final: float) -> None:
+        initial, warmup, cooldown = self.sparsity_initial, self.sparsity_warmup, self.sparsity_cooldown
         assert initial is not None
         assert warmup is not None
         assert cooldown is not None
@@ -213,7 +235,6 @@ class TrainConfig:
             warmup=warmup,
             cooldown=cooldown,
         )
-        return {"sparsity": final}
 
 
 COMMON = {

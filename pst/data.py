@@ -23,7 +23,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pst.errors import ConfigError, DataError
+from pst.errors import ConfigError, DataError, NoLabelsError
 from pst.tables import Table, listed, local, read_file, read_splits
 
 Task = Literal["classification", "regression"]
@@ -293,7 +293,7 @@ def _label_column(spec: DataSpec, table: Table) -> str:
     for name in LABEL_COLUMNS:
         if name in table.columns and name not in taken:
             return name
-    raise DataError(
+    raise NoLabelsError(
         f"{table.where} has no column with a usual name for labels (it has {listed(table.columns)}); "
         "name it with --set label_column=NAME."
     )

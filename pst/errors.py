@@ -3,6 +3,7 @@
     PSTError
     ├── ConfigError      an option or a configuration file: unknown key, wrong type, value out of range
     ├── DataError        a data file, a column or a label set
+    │   └── NoLabelsError    rows without a label column
     ├── ModelError       a model folder, its tokenizer, or what it can do
     ├── PatternError     a sparsity pattern, or a weight that it does not fit
     ├── RunError         an output folder, a checkpoint, a resume
@@ -24,6 +25,10 @@ class ConfigError(PSTError):
 
 class DataError(PSTError):
     """A data set, one of its columns, or its labels are not usable."""
+
+
+class NoLabelsError(DataError):
+    """Rows have no column that could be their labels. Whoever needs no labels may go on."""
 
 
 class ModelError(PSTError):

@@ -25,6 +25,10 @@ class MaskedWeight(nn.Module, ABC):
     """What ``set_sparsity_`` does when it is not told, and the pattern allows it."""
     fixed: bool = False
     """Whether the mask stays as it was made, whatever the schedule says."""
+    pattern: Pattern | None = None
+    """What shape its mask has, once ``sparsify_`` has attached it."""
+    most: float = 1.0
+    """Its own final sparsity under a plan (pst/plan.py), which the schedule of all weights may go beyond."""
     made: Tensor | None = None
     """The masked weight in the module's storage, where it was made ahead together with others (pst/materialize.py)."""
 

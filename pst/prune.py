@@ -30,6 +30,7 @@ from pst.masked_weight import MaskedMagnitude, MaskedWeight
 from pst.materialize import masked_weights
 from pst.patterns import Pattern, parse_pattern
 from pst.patterns.structured import Structured
+from pst.plan import GLOBAL_PLAN, MIXED, read_plan
 from pst.progress import note
 from pst.quiet import quiet_transformers
 from pst.result import git_revision, sparsity_of, versions
@@ -91,8 +92,9 @@ def prune(
     source: Path | str,
     output: Path,
     *,
-    pattern: str = "unstructured",
+    pattern: str | None = None,
     sparsity: float | None = None,
+    plan: str = "",
     method: str | None = None,
     adjust: bool = False,
     data: DataSpec | None = None,
@@ -103,13 +105,19 @@ def prune(
 ) -> Pruned:
     """Prune the model of *source*, a folder, run or hub id, into the folder *output*, which opens as *source* does.
 
+    pattern: unstructured where None. plan: a TOML file (pst/plan.py), in place of pattern and sparsity.
     method: one of METHODS; None is wanda where *data* is given, else magnitude. adjust: compensate. data: calibration
     text, labels are not looked at; *rows* of it are used, evenly spaced, of at most *max_length* tokens.
 
     Raises ConfigError for options that contradict each other, PatternError, DataError, ModelError for a model that
     cannot be read or has no prunable weight, RunError where *output* holds something.
     """
-    chosen = parse_pattern(pattern)
+    own = read_plan(plan) if plan else None
+    if own is not None and (pattern is not None or sparsity is not None):
+        raise ConfigError("The plan says pattern and sparsity of each weight; leave --pattern and --sparsity out.")
+    if own is not None and budget == "global":
+        raise ConfigError(GLOBAL_PLAN)
+    chosen = parse_pattern(pattern or "unstructured")
     method = method or ("wanda" if data else "magnitude")
     if method not in METHODS:
         raise ConfigError(f"Unknown method {method!r}; use one of {', '.join(METHODS)}, or train with pst train.")
@@ -118,7 +126,8 @@ def prune(
         raise ConfigError(f"{what} looks at the inputs of each weight; name some text with --data.")
     if rows < 1:
         raise ConfigError(f"--rows is {rows}; calibration needs at least 1 row of text.")
-    final = _final(chosen.sparsity, sparsity, pattern=pattern)
+    final = own.sparsity if own is not None else _final(chosen.sparsity, sparsity, pattern=chosen.spec)
+    spec = MIXED if own is not None else chosen.spec
     refuse_existing(output, overwrite=overwrite)
     where = str(resolve_model(Path(source))) if Path(source).exists() else str(source)
     config = load_config(where)
@@ -128,23 +137,27 @@ def prune(
         length = settle_max_length(max_length, config, source=where)
         batches, described = _batches(tokenizer, model, data, rows=rows, max_length=length, source=where)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    sparsify_(model, method=_Once(), pattern=chosen)
+    weights = sparsify_(model, method=_Once(), pattern=chosen, plan=own)
+    for line in own.overview({item.name: item.weight.numel() for item in weights}) if own else ():
+        note(line)
     model.to(device).eval()
     errors = prune_(
         model, final, batches, pattern=chosen, wanda=method == "wanda", adjust=adjust, budget=budget, device=device
     )
     merge_(model)
-    report = sparsity_of(model, method=method, pattern=chosen.spec, requested=final)
+    text = own.text if own is not None else ""
+    report = sparsity_of(model, method=method, pattern=spec, requested=final, plan=text)
     for row in report["weights"]:
         row |= {"output_error": errors[row["name"]]} if row["name"] in errors else {}
     report |= {"compensated": adjust, "calibration": described, "base_model": str(source)}
+    report |= {"plan": text} if text else {}
     report |= {"versions": versions(), "git_revision": git_revision()}
     with quiet_transformers(), atomic_folder(output, overwrite=overwrite) as partial:
         cast(Any, model.cpu()).save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         write_json(partial / "sparsity.json", report)
     measured = report["sparsity"]["measured"]
-    return Pruned(model=output, pattern=chosen.spec, method=method, sparsity=measured, errors=errors)
+    return Pruned(model=output, pattern=spec, method=method, sparsity=measured, errors=errors)
 
 
 @torch.no_grad()
@@ -179,6 +192,8 @@ def prune_(
     set_sparsity_(model, sparsity, budget=budget)
     squares: dict[str, list[tuple[float, float]]] = {}
     for module, part, piece in parts if moments else []:
+        if part.most == 0:  # a plan keeps it dense
+            continue
         H, W = moments[module], part.by_row(piece).clone()
         if adjust:
             try:

@@ -14,6 +14,7 @@ from torch import nn
 from pst import __version__
 from pst.config import TrainConfig
 from pst.files import atomic_folder, write_json
+from pst.plan import read_plan
 from pst.quiet import quiet_transformers
 from pst.sparsify import prunable_weights
 from pst.structured.report import FIELD, removed_share
@@ -38,7 +39,9 @@ def save_model(
     choice. *report* is what the run says of itself: metrics, seconds, steps.
     """
     content = {
-        **sparsity_of(model, method=config.method, pattern=shape.pattern, requested=shape.sparsity or 0.0),
+        **sparsity_of(
+            model, method=config.method, pattern=shape.pattern, requested=shape.sparsity or 0.0, plan=config.plan
+        ),
         "task": prepared.task,
         "max_length": prepared.max_length,
         "base_model": config.model,
@@ -59,21 +62,30 @@ def save_model(
         write_json(partial / "sparsity.json", content)
 
 
-def sparsity_of(model: nn.Module, *, method: str, pattern: str, requested: float) -> dict[str, Any]:
-    """What sparsity.json says of the zeros of the merged *model*; of pattern structured, of what was removed."""
+def sparsity_of(model: nn.Module, *, method: str, pattern: str, requested: float, plan: str = "") -> dict[str, Any]:
+    """What sparsity.json says of the zeros of the merged *model*; of pattern structured, of what was removed.
+
+    plan: the text of the plan that it followed.
+    """
+    prunable = prunable_weights(model) if method != "dense" else []
+    targets = read_plan(plan).assign([item.name for item in prunable]) if plan else {}
     weights = [
         {
             "name": item.name,
             "shape": list(item.weight.shape),
             "axis": item.axis,
+            "pattern": targets[item.name].spec if targets else pattern,
             "density": int(torch.count_nonzero(item.weight)) / item.weight.numel(),
         }
-        for item in (prunable_weights(model) if method != "dense" else [])
+        for item in prunable
     ]
     measured, removal = measured_sparsity(weights), {}
     if pattern == "structured":
         removal = {FIELD: getattr(cast(Any, model).config, FIELD)}
         measured = removed_share(removal[FIELD])
+    if targets:
+        sizes = {item.name: item.weight.numel() for item in prunable}
+        requested = sum(size * targets[name].sparsity for name, size in sizes.items()) / sum(sizes.values())
     return {
         "schema_version": SCHEMA_VERSION,
         "method": method,

@@ -29,6 +29,7 @@ from pst.methods.pst import PST
 from pst.models import Architecture, architecture
 from pst.patterns import Pattern, SharingPattern, check_sparsity, parse_pattern, sharing
 from pst.patterns.structured import Structured
+from pst.plan import GLOBAL_PLAN, Plan, Target
 from pst.structured.choose import PATTERN, choose_units_, kept_units
 from pst.structured.remove import remove_units_
 from pst.structured.units import find_units
@@ -86,37 +87,52 @@ def sparsify_(
     *,
     method: Method | None = None,
     pattern: str | Pattern = "unstructured",
+    plan: Plan | None = None,
     generator: torch.Generator | None = None,
 ) -> list[PrunableWeight]:
     """Attach *method*'s masked weight to every prunable weight of *model*; all masks start full, but fixed ones.
 
-    Also decides which parameters train (requires_grad), as the method says. Raises ModelError where nothing is
-    prunable, the model is sparsified already, or a method that keeps the model's zeros finds none; PatternError where
-    the pattern does not fit a weight. Then the model is as it was.
+    With a *plan* each weight has a pattern and a final sparsity of its own, in place of *pattern*. Also decides which
+    parameters train (requires_grad), as the method says. Raises ModelError where nothing is prunable, the model is
+    sparsified already, or a method that keeps the model's zeros finds none; PatternError where the pattern does not fit
+    a weight, ConfigError where the plan does not fit the model. Then the model is as it was.
     """
     method = method or PST()
-    pattern = parse_pattern(pattern) if isinstance(pattern, str) else pattern
     if any(True for _ in masked_weights(model)):
         raise ModelError("The model is sparsified already; call merge_ before sparsify_.")
     weights = prunable_weights(model)
-    if isinstance(pattern, Structured):
-        find_units(model)  # raises for a model whose heads and neurons nobody knows
+    one = parse_pattern(pattern) if isinstance(pattern, str) else pattern
+    if plan is not None:
+        targets = plan.assign([item.name for item in weights])
+    else:
+        targets = {item.name: Target(spec=one.spec, pattern=one, sparsity=1.0) for item in weights}
+        if isinstance(one, Structured):
+            find_units(model)  # raises for a model whose heads and neurons nobody knows
     for item in weights:
         n, k = _matrix_shape(item)
-        pattern.check((n, k), axis=1, name=item.name)
+        targets[item.name].pattern.check((n, k), axis=1, name=item.name)
     masked = [
         [method.masked_weight(piece, axis=item.axis, generator=generator) for piece in item.matrices()]
         for item in weights
     ]
-    _check_fixed(weights, masked, pattern)
+    for item, parts in zip(weights, masked, strict=True):
+        for part in parts:
+            part.pattern, part.most = targets[item.name].pattern, targets[item.name].sparsity
+    _check_fixed(weights, masked)
     method.select_trainable_(model)
     for item, parts in zip(weights, masked, strict=True):
         attached = parts[0] if len(parts) == 1 else FusedMaskedWeight(parts, axis=item.axis)
         parametrize.register_parametrization(item.module, "weight", attached)
         cast(Any, item.module).parametrizations.weight.original.requires_grad_(method.trains_original)
-    setattr(model, PATTERN, pattern)
+    setattr(model, _SPARSIFIED, "mixed" if plan is not None else "alike")
+    if plan is None and isinstance(one, Structured):
+        setattr(model, PATTERN, one)
     attach_hooks_(model)
     return weights
+
+
+_SPARSIFIED = "_pst_sparsified"
+"""Attribute of a sparsified model: whether its weights follow a plan ("mixed") or one pattern ("alike")."""
 
 
 def _matrix_shape(item: PrunableWeight) -> tuple[int, int]:
@@ -127,10 +143,10 @@ def _matrix_shape(item: PrunableWeight) -> tuple[int, int]:
     return outputs // item.parts, inputs
 
 
-def _check_fixed(weights: list[PrunableWeight], masked: list[list[MaskedWeight]], pattern: Pattern) -> None:
-    """Refuse masks that never change when they are all full, or do not hold *pattern*."""
+def _check_fixed(weights: list[PrunableWeight], masked: list[list[MaskedWeight]]) -> None:
+    """Refuse masks that never change when they are all full, or do not hold their pattern."""
     fixed = [(item, part) for item, parts in zip(weights, masked, strict=True) for part in parts if part.fixed]
-    if fixed and isinstance(pattern, Structured):
+    if fixed and isinstance(_pattern(fixed[0][1]), Structured):
         raise PatternError(
             "A model from which heads and neurons were removed has no zeros to keep; train it with --method dense, or "
             "with a pattern of zeros."
@@ -141,6 +157,7 @@ def _check_fixed(weights: list[PrunableWeight], masked: list[list[MaskedWeight]]
             "Give a sparse model (what pst train wrote, for example), or choose a method that prunes, such as pst."
         )
     for item, part in fixed:
+        pattern = _pattern(part)
         if not pattern.holds(part.mask.cpu().numpy(), axis=1):
             raise PatternError(
                 f"The zeros of {item.name} do not follow pattern {pattern.spec}, and this method keeps them as they "
@@ -154,14 +171,15 @@ def set_sparsity_(model: nn.Module, sparsity: float, *, budget: Literal["local",
 
     budget: "local" gives each matrix its own exact count: see the pattern. "global" gives all matrices together that
     same total, exact, and each a share of it by its scores: see pst/budget.py for the floor and ties. None is what the
-    method prefers, local for a pattern that knows no other. Fixed masks stay.
+    method prefers, local for a pattern that knows no other. Fixed masks stay. Under a plan *sparsity* is what no weight
+    goes beyond: each stops at its own final one, and budgets are local.
 
     Raises ModelError where the model has no mask or its scores are not finite, PatternError where the sparsity is
     outside the pattern's range or the pattern cannot share a budget.
     """
     check_sparsity(sparsity)
-    pattern: Pattern | None = getattr(model, PATTERN, None)
-    if pattern is None:
+    kind: str | None = getattr(model, _SPARSIFIED, None)
+    if kind is None:
         raise ModelError("The model has no masks; call sparsify_ first.")
     found = [
         (module, part, piece)
@@ -171,13 +189,20 @@ def set_sparsity_(model: nn.Module, sparsity: float, *, budget: Literal["local",
     ]
     if not found:
         return
+    pattern = _pattern(found[0][1])
     if isinstance(pattern, Structured):
         choose_units_(model, pattern, sparsity, budget=budget)
         return
+    if kind == "mixed" and budget == "global":
+        raise PatternError(GLOBAL_PLAN)
     if budget is None:
-        shares = isinstance(pattern, SharingPattern) and any(part.budget == "global" for _, part, _ in found)
+        shares = (
+            kind == "alike"
+            and isinstance(pattern, SharingPattern)
+            and any(part.budget == "global" for _, part, _ in found)
+        )
         budget = "global" if shares else "local"
-    requested = achieved = [sparsity] * len(found)
+    requested = achieved = [min(sparsity, part.most) for _, part, _ in found]
     if budget == "global":
         shared, units = sharing(pattern), []
         for module, part, piece in found:
@@ -191,23 +216,36 @@ def set_sparsity_(model: nn.Module, sparsity: float, *, budget: Literal["local",
         requested = [(count + 0.5) / size for count, size in zip(counts, sizes, strict=True)]
         achieved = [count / size for count, size in zip(counts, sizes, strict=True)]  # the half keeps int(size s) exact
     if kernels.usable(found[0][2].device):
-        _choose_together_(model, found, pattern, requested)
+        _choose_together_(model, found, requested)
     else:
         for (module, part, piece), wanted in zip(found, requested, strict=True):
             with _naming(model, module):
-                part.update_mask_(piece, pattern, wanted)
+                part.update_mask_(piece, _pattern(part), wanted)
     _note_(found, achieved)
 
 
 _Found = list[tuple[nn.Module, MaskedWeight, Tensor]]
 
 
-def _choose_together_(model: nn.Module, found: _Found, pattern: Pattern, sparsities: list[float]) -> None:
+def _pattern(part: MaskedWeight) -> Pattern:
+    assert part.pattern is not None  # sparsify_ gave it one
+    return part.pattern
+
+
+def _choose_together_(model: nn.Module, found: _Found, sparsities: list[float]) -> None:
     """All masks at once, from all scores at once: as ``update_mask_`` of each, in a few launches on a GPU."""
     ready = scores_together(model)
     every = [ready[part] if part in ready else part.scores(piece) for _, part, piece in found]
+    alike: dict[str, list[int]] = {}  # places of the weights that have a pattern
+    for place, (_, part, _) in enumerate(found):
+        alike.setdefault(_pattern(part).spec, []).append(place)
+    masks: list[Tensor] = [torch.empty(0)] * len(found)
     try:
-        masks = patterns.masks(pattern, every, sparsities)
+        for places in alike.values():
+            pattern = _pattern(found[places[0]][1])
+            made = patterns.masks(pattern, [every[i] for i in places], [sparsities[i] for i in places])
+            for place, mask in zip(places, made, strict=True):
+                masks[place] = mask
     except ValueError:
         for (module, _, _), scores in zip(found, every, strict=True):
             with _naming(model, module):
@@ -243,10 +281,10 @@ def merge_(model: nn.Module) -> None:
     Units of pattern structured are removed: outputs stay equal but for rounding.
     Raises ModelError where the model has no mask.
     """
-    pattern: Pattern | None = getattr(model, PATTERN, None)
-    if pattern is None:
+    if getattr(model, _SPARSIFIED, None) is None:
         raise ModelError("The model has no masks to merge; call sparsify_ first.")
-    kept = kept_units(find_units(model)) if isinstance(pattern, Structured) else []
+    units: Structured | None = getattr(model, PATTERN, None)
+    kept = kept_units(find_units(model)) if units is not None else []
     with torch.no_grad():
         with materialized(model):
             made = [(module, cast(Any, module).weight) for module, _ in masked_weights(model)]
@@ -255,6 +293,7 @@ def merge_(model: nn.Module) -> None:
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
             cast(Any, module).weight.copy_(weight)
     detach_hooks_(model)
-    delattr(model, PATTERN)
-    if isinstance(pattern, Structured):
-        remove_units_(model, kept, target=pattern.target)
+    delattr(model, _SPARSIFIED)
+    if units is not None:
+        delattr(model, PATTERN)
+        remove_units_(model, kept, target=units.target)

@@ -27,6 +27,7 @@ from pst.errors import ConfigError, ModelError, RunError
 from pst.files import remove, storage_errors
 from pst.graphs import RecordedSteps, padded_length
 from pst.objective import Objective
+from pst.plan import read_plan
 from pst.progress import note, progress, silence
 from pst.result import save_model
 from pst.run_folder import (
@@ -108,7 +109,10 @@ def _train(
     shape = replace(config, **methods.shape_of(config.method, model, config))
     method = methods.make(config.method, config)
     if method is not None:
-        sparsify_(model, method=method, pattern=shape.parsed_pattern())
+        plan = read_plan(config.plan) if config.plan else None
+        weights = sparsify_(model, method=method, pattern="unstructured" if plan else shape.parsed_pattern(), plan=plan)
+        for line in plan.overview({item.name: item.weight.numel() for item in weights}) if plan else ():
+            note(line)
     model.to(device)
     groups: list[dict[str, Any]] = [{"params": list(model.parameters()), "lr": config.lr}]
     groups = method.param_groups(model) if method else groups

@@ -16,17 +16,18 @@ import cli
 from .command_line import ROOT, environment
 
 FLAGS = {
-    "train": "--output -o --model --data --method --pattern --sparsity --teacher --epochs --steps --seed --faithful "
-    "--config --set --list-options --resume --overwrite",
+    "train": "--output -o --model --data --method --pattern --sparsity --plan --teacher --epochs --steps --seed "
+    "--faithful --config --set --list-options --resume --overwrite",
     "compare": "--model --data --output -o --methods --patterns --sparsities --seeds --from-dense --teacher-from-dense "
     "--jobs --set --overwrite",
-    "prune": "source --output -o --pattern --sparsity --method --compensate --data --set --rows --max-length --budget "
-    "--overwrite",
-    "export": "source --output -o --format --task --opset --precision --data --set --atol --rtol --external-data "
-    "--overwrite",
+    "prune": "source --output -o --pattern --sparsity --plan --method --compensate --data --set --rows --max-length "
+    "--budget --overwrite",
+    "export": "source --output -o --format --task --opset --precision --linear-form --activations --storage --data "
+    "--set --profile --compute-capability --atol --rtol --external-data --overwrite",
     "eval": "path --data --set --engine --batch-size --threads --predictions --json",
     "bench": "artifacts --output -o --shapes --runs --warmup --budget --threads --engine --new-tokens --data "
     "--set --receipt --no-receipt --overwrite",
+    "report": "first second --json",
     "inspect": "path --json",
     "serve": "artifact --host --port --threads --engine --max-batch-size --max-queue-delay-ms --max-queue-size",
     "quickstart": "--output -o --fresh --sparsity --steps",

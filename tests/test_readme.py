@@ -128,3 +128,13 @@ def test_readme_names_every_command_and_links_to_what_exists() -> None:
     assert commands == re.findall(r"^\| `pst (\w+)` \|", README, flags=re.MULTILINE)
     for target in re.findall(r"\]\(((?!https?:)[^)]+)\)", README):
         assert (ROOT / target).exists(), f"README links to {target}"
+
+
+def test_int8_figures_are_those_of_the_committed_report() -> None:
+    report = json.loads((ROOT / "benchmarks" / "int8_cpu_202611.json").read_text(encoding="utf-8"))
+    exact, quantized = report["models"][0]["artifacts"][:2]
+    text = " ".join(README.split())
+    scores = [f"{row['accuracy']['value']:.1%}" for row in (exact, quantized)]
+    assert f"accuracy {' and '.join(scores)}, {quantized['size_bytes'] / 1e6:.1f} MB" in text
+    for shape in ("1x32", "8x64", "1x128", "8x128"):
+        assert re.search(rf"{quantized['latency'][shape]['speedup']['ratio']:.2f}× (faster )?at {shape}", text)

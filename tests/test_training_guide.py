@@ -21,7 +21,7 @@ COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", GUIDE, flags=re.DOT
 
 @pytest.fixture(scope="module")
 def desk(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what the guide's reader has: ./model, ./gpt2, reviews.csv and facts.jsonl."""
+    """A folder with what the guide's reader has: ./model, ./gpt2, reviews.csv, facts.jsonl and plan.toml."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     folder = tmp_path_factory.mktemp("desk")
@@ -38,6 +38,8 @@ def desk(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     facts = [{"prompt": "good" if row["label"] else "bad", "completion": row["sentence"]} for row in rows]
     facts += [{"prompt": f"film {row['label']} {i}", "completion": row["sentence"]} for i, row in enumerate(rows)]
     (folder / "facts.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in facts), encoding="utf-8")
+    (plan,) = re.findall(r"```toml\n(.*?)```", GUIDE, flags=re.DOTALL)
+    (folder / "plan.toml").write_text(plan, encoding="utf-8")
     return folder
 
 
@@ -50,7 +52,9 @@ def test_a_command_runs_as_it_stands(index: int, desk: Path) -> None:
     done = subprocess.run(command, cwd=desk, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     output = desk / words[words.index("--output") + 1]
-    written = {"compare": "report.md", "export": "model.onnx"}.get(words[0], "model/sparsity.json")
+    written = {"compare": "report.md", "export": "model.onnx", "prune": "sparsity.json"}.get(
+        words[0], "model/sparsity.json"
+    )
     assert (output / written).is_file()
 
 

@@ -135,7 +135,7 @@ def _layers(manifest: Manifest, ran: Sequence[LayerTime], baseline: Mapping[str,
         place = places.get(weight.initializer)
         shared = place is not None and len(place.weights) > 1
         sparse = weight.density < SPARSE_BELOW
-        pattern = manifest.pattern if sparse else "dense"
+        pattern = weight.pattern or manifest.pattern if sparse else "dense"
         before = baseline.get(weight.name)
         layers.append(
             Layer(

@@ -154,11 +154,11 @@ class Report:
         """report.md: verdicts, two tables, the method and the machine."""
         lines = ["# Latency report", ""]
         lines += [line for sentence in self.verdicts() for line in (sentence, "")]
-        lines += ["## Artifacts", "", *_markdown_table(*_artifact_table(self)), ""]
-        lines += ["## Latency", "", *_markdown_table(*_latency_table(self)), "", self.method, ""]
+        lines += ["## Artifacts", "", *markdown_table(*_artifact_table(self)), ""]
+        lines += ["## Latency", "", *markdown_table(*_latency_table(self)), "", self.method, ""]
         for receipt in self.receipts:
             lines += [f"## Receipt of {receipt.artifact} at {receipt.workload}", "", summary(receipt), ""]
-            lines += [*_markdown_table(*receipt_table(receipt)), ""]
+            lines += [*markdown_table(*receipt_table(receipt)), ""]
         lines += ["## Machine", "", *(f"- {name}: {value}" for name, value in _machine(self.environment)), ""]
         return "\n".join(lines)
 
@@ -171,7 +171,7 @@ class Report:
         terminal = sys.stdout.isatty()
         width = shutil.get_terminal_size((140, 24)).columns if terminal else 140
         console = Console(file=stream, width=width, force_terminal=terminal, highlight=False)
-        last = self.receipts[-1:] if self.subjects[-1].is_sparse else ()
+        last = self.receipts[-1:] if self.subjects[-1].pattern != "dense" else ()
         for header, rows in (_artifact_table(self), _latency_table(self), *map(receipt_table, last)):
             table = Table()
             for index, title in enumerate(header):
@@ -190,7 +190,7 @@ def verdict(subject: Subject, measurements: list[Measurement], *, baseline: str)
     by_finding: dict[str, list[str]] = {}
     for entry in measurements:
         assert entry.speedup is not None, "the baseline has no verdict"
-        by_finding.setdefault(entry.speedup.finding, []).append(f"{entry.workload} ({_ratio(entry.speedup)})")
+        by_finding.setdefault(entry.speedup.finding, []).append(f"{entry.workload} ({show_ratio(entry.speedup)})")
     wording = {
         "faster": "faster than",
         "same": "not faster and not slower than",
@@ -213,7 +213,8 @@ def verdict(subject: Subject, measurements: list[Measurement], *, baseline: str)
     return text
 
 
-def _ratio(speedup: Speedup) -> str:
+def show_ratio(speedup: Speedup) -> str:
+    """``1.50×, 1.45 to 1.55``."""
     if speedup.low is None or speedup.high is None:
         return f"{speedup.ratio:.2f}×, too few rounds for an interval"
     return f"{speedup.ratio:.2f}×, {speedup.low:.2f} to {speedup.high:.2f}"
@@ -260,13 +261,15 @@ def _latency_table(report: Report) -> tuple[list[str], list[list[str]]]:
                 *(tokens if generated else ()),
                 str(len(latency.samples)),
                 str(latency.warmup),
-                "baseline" if entry.speedup is None else _ratio(entry.speedup),
+                "baseline" if entry.speedup is None else show_ratio(entry.speedup),
             ]
         )
     return header, rows
 
 
-def _markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
+def markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
+    """Lines of a table whose first two columns are words, and the rest numbers."""
+
     def line(cells: list[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 

@@ -100,11 +100,14 @@ def _places(optimized: Any, original: Any, weights: Iterable[str]) -> dict[str, 
 
 
 def _computing(tensor: str, readers: Mapping[str, list[Any]]) -> list[str]:
-    """Names of the nodes that compute with *tensor*, past those that only change its form."""
+    """Names that the nodes which compute with *tensor* may have, past those that only change its form.
+
+    A convolution of blocked layout is called after its output.
+    """
     found = []
     for node in readers.get(tensor, ()):
         if node.op_type in _FORMS:
             found += [name for output in node.output for name in _computing(output, readers)]
         else:
-            found.append(node.name)
+            found += [node.name, *(f"{output}_nchwc" for output in node.output)]
     return found

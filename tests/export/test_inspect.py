@@ -5,7 +5,6 @@ import json
 import shutil
 import subprocess
 import sys
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+import zstandard
 from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification
 
@@ -117,7 +117,10 @@ def test_hugging_face_folder(sparse_model: Callable[..., Path]) -> None:
         assert weight.shape == tuple(state[weight.name].shape)
         assert (weight.axis, weight.density) == (1, float((state[weight.name] != 0).double().mean()))
         assert weight.patterns == (("2:4", "4:8") if "encoder" in weight.name else ())
-        assert weight.deflate_bytes == len(zlib.compress(state[weight.name].numpy().tobytes(), 1))
+        stored = state[weight.name].numpy().tobytes()
+        assert weight.zstd_bytes == len(zstandard.compress(stored, 3))
+        kept = int((state[weight.name] != 0).sum())
+        assert weight.sparse_bytes == min(len(stored), kept * 12)
     totals = found.totals
     assert (found.kind, found.model_type) == ("model folder", "bert")
     assert totals.parameters == sum(tensor.numel() for tensor in state.values())

@@ -1,9 +1,10 @@
-"""Every architecture x head x pattern through the whole export, checked with plain onnx and ONNX Runtime.
+"""Every architecture x head x pattern x linear form through the whole export, checked with onnx and ONNX Runtime.
 
-Each pair of the three meets in a cell (35 of them); PST_FULL_MATRIX=1 runs all 175. Causal language models with their
+Each pair of the four meets in a cell (35 of them); PST_FULL_MATRIX=1 runs all 700. Causal language models with their
 cache are in test_decoders.py.
 """
 
+import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -25,13 +26,15 @@ from ..decoders import prune
 from ..encoders import ARCHITECTURES, HEADS, LABELS, make_encoder
 
 PATTERNS = ("unstructured", "2:4", "1:4", "4:8", "block:4x4")
+FORMS = ("auto", "gemm", "conv", "matmul")
 FULL = os.environ.get("PST_FULL_MATRIX") == "1"
 CELLS = [
-    (kind, head, pattern)
+    (kind, head, pattern, form)
     for row, kind in enumerate(ARCHITECTURES)
     for column, head in enumerate(HEADS)
     for place, pattern in enumerate(PATTERNS)
-    if FULL or place == (row + column) % len(PATTERNS)
+    for step, form in enumerate(FORMS)
+    if FULL or (place == (row + column) % len(PATTERNS) and step == (row + 3 * column) % len(FORMS))
 ]
 SENTENCES = ["the film is lovely .", "a dull , tedious plot and a story of war !", "superb"]
 PRUNED = {"gpt2": 8, "llama": 14}  # of two layers; 12 of others
@@ -42,7 +45,9 @@ OUTPUTS: dict[str, dict[str, tuple[str | int, ...]]] = {
     "question_answering": dict.fromkeys(("start_logits", "end_logits"), ("batch_size", "sequence_length")),
     "feature_extraction": {"last_hidden_state": ("batch_size", "sequence_length", 32)},
 }
-Cell = tuple[str, str, str]
+STORED = {"matmul": ("MatMul", 0, 2), "gemm": ("Gemm", 1, 2), "conv": ("Conv", 1, 4)}
+"""Operator, reduction axis and rank of a weight in each form."""
+Cell = tuple[str, str, str, str]
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +57,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Cell], tuple
 
     def make(cell: Cell) -> tuple[Path, Path]:
         if cell not in made:
-            kind, head, pattern = cell
+            kind, head, pattern, form = cell
             folder = prune(make_encoder(tmp_path_factory.mktemp("cell") / "model", kind, head), pattern)
-            export(folder, folder.parent / "artifact")
+            export(folder, folder.parent / "artifact", linear_form=form)
             made[cell] = folder, folder.parent / "artifact"
         return made[cell]
 
@@ -62,14 +67,14 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Cell], tuple
 
 
 def test_every_pair_meets() -> None:
-    for first, second in ((0, 1), (0, 2), (1, 2)):
-        kinds = (ARCHITECTURES, tuple(HEADS), PATTERNS)
+    kinds = (ARCHITECTURES, tuple(HEADS), PATTERNS, FORMS)
+    for first, second in itertools.combinations(range(4), 2):
         assert {(cell[first], cell[second]) for cell in CELLS} == {(a, b) for a in kinds[first] for b in kinds[second]}
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=" ".join)
 def test_cell(cell: Cell, exported: Callable[[Cell], tuple[Path, Path]]) -> None:
-    kind, head, pattern = cell
+    kind, head, pattern, form = cell
     folder, artifact = exported(cell)
     manifest, path = Manifest.load(artifact), artifact / "model.onnx"
     assert (manifest.task, manifest.pattern, manifest.opset, manifest.max_length) == (head, pattern, 17, 64)
@@ -77,6 +82,7 @@ def test_cell(cell: Cell, exported: Callable[[Cell], tuple[Path, Path]]) -> None
     assert {value.name: value.shape for value in manifest.outputs} == OUTPUTS[head]
 
     model = onnx.load(path)
+    assert "IsNaN" not in {node.op_type for node in model.graph.node}  # see export/passes/drop_nan_guard.py
     onnx.checker.check_model(model, full_check=True)
     onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
 
@@ -86,8 +92,10 @@ def test_cell(cell: Cell, exported: Callable[[Cell], tuple[Path, Path]]) -> None
     for row in manifest.weights:
         stored = weights[row.initializer]
         trained = state[row.name].numpy() if kind == "gpt2" else state[row.name].numpy().T  # inputs x outputs
-        np.testing.assert_array_equal(np.moveaxis(stored.values(), stored.axis, 0), trained)
-        assert parse_pattern(pattern).holds(stored.values(), axis=stored.axis)
+        matrix, axis = stored.matrix()
+        np.testing.assert_array_equal(np.moveaxis(matrix, axis, 0), trained)
+        assert parse_pattern(pattern).holds(matrix, axis=axis)
+        assert (row.form, row.axis, len(row.shape)) == STORED.get(form, ("Gemm" if kind == "gpt2" else "MatMul", 0, 2))
         assert row.density == np.count_nonzero(trained) / trained.size < 0.6
 
     _same_answers(folder, artifact, head)

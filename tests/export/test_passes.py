@@ -1,13 +1,24 @@
 """Each pass alone, on graphs where its claims can be seen."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
+import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from export.passes import PASSES, lower_ir_version, name_weights, run_passes, share_equal, strip_metadata
+from export.passes import (
+    PASSES,
+    drop_nan_guard,
+    lower_ir_version,
+    name_weights,
+    regroup_gelu,
+    run_passes,
+    share_equal,
+    strip_metadata,
+)
 
 from .conftest import graph, matmul_model
 
@@ -137,5 +148,90 @@ def test_all_passes_leave_a_valid_graph() -> None:
     model.graph.output[0].CopyFrom(helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 4]))
     model.doc_string = "x"
     assert run_passes(model, {"weight": W.T.copy()}) == ["strip_metadata", "name_weights"]
-    assert len(PASSES) == 4
+    assert len(PASSES) == 5
     onnx.checker.check_model(model, full_check=True)
+
+
+def attention(*, least: float, output: str = "guarded") -> Any:
+    """Attention's weights, as they are exported; of the mask's rows the first sees one place, the second none."""
+    nodes = [
+        helper.make_node("Where", ["seen", "zero", "least"], ["mask"]),
+        helper.make_node("Add", ["x", "mask"], ["masked"]),
+        helper.make_node("Softmax", ["masked"], ["s"], axis=-1),
+        helper.make_node("IsNaN", ["s"], ["asked"]),
+        helper.make_node("Where", ["asked", "zero", "s"], ["guarded"]),
+        helper.make_node("Identity", [output], ["y"]),
+    ]
+    seen = np.array([[True, False], [False, False]])
+    return graph(nodes, {"seen": seen, "zero": np.float32(0), "least": np.float32(least)})
+
+
+@pytest.mark.parametrize(("least", "before"), [(-np.inf, 0.0), (float(np.finfo(np.float32).min), 0.5)])
+def test_drop_nan_guard(least: float, before: float) -> None:
+    model = attention(least=least)
+    x = np.array([[5.0, 900.0], [0.0, 0.0]], np.float32)
+    np.testing.assert_array_equal(run(model, x), [[1, 0], [before, before]])
+    assert drop_nan_guard.run(model, {})
+    assert [node.op_type for node in model.graph.node] == ["Where", "Add", "Softmax", "Identity"]
+    np.testing.assert_array_equal(run(model, x), [[1, 0], [0.5, 0.5]])  # what sees nothing is finite
+    assert not drop_nan_guard.run(model, {})
+    # The sum stays finite in fp16 for scores as large as the mask.
+    assert np.isfinite(np.float16(drop_nan_guard.MASKED) + np.float16(drop_nan_guard.MASKED))
+
+
+def test_a_guard_that_may_be_needed_stays() -> None:
+    assert not drop_nan_guard.run(attention(least=-100), {})  # no mask: it lets something through
+    for output in ("mask", "asked"):  # something else reads what would change
+        model = attention(least=-np.inf, output=output)
+        model.graph.output.append(helper.make_tensor_value_info("guarded", TensorProto.FLOAT, None))
+        assert not drop_nan_guard.run(model, {})
+
+
+# regroup_gelu ---------------------------------------------------------------------------------------------------------
+
+
+def gelu(*, flipped: bool) -> Any:
+    """y = x * (0.5 * (1 + erf(x / sqrt(2)))), as torch.onnx writes it; *flipped* swaps the factors of each product."""
+    products = [["half", "sum"], ["x", "scaled"]]
+    if flipped:
+        products = [pair[::-1] for pair in products]
+    nodes = [
+        helper.make_node("Div", ["x", "root"], ["divided"]),
+        helper.make_node("Erf", ["divided"], ["erf"]),
+        helper.make_node("Add", ["erf", "one"], ["sum"]),
+        helper.make_node("Mul", products[0], ["scaled"]),
+        helper.make_node("Mul", products[1], ["y"]),
+    ]
+    constants = {"root": np.float32(2**0.5), "one": np.float32(1), "half": np.float32(0.5)}
+    return graph(nodes, {name: np.array(value) for name, value in constants.items()})
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+def test_gelu_becomes_one_operator_of_the_same_bits(flipped: bool, tmp_path: Path) -> None:
+    x = np.random.default_rng(0).standard_normal((64, 32)).astype(np.float32)
+    found = []
+    for regrouped in (False, True):
+        model = gelu(flipped=flipped)
+        for value in (*model.graph.input, *model.graph.output):
+            value.CopyFrom(helper.make_tensor_value_info(value.name, TensorProto.FLOAT, [64, 32]))
+        if regrouped:
+            assert regroup_gelu.run(model, {})
+            assert not regroup_gelu.run(model, {})
+        plain = onnxruntime.SessionOptions()
+        plain.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        found.append(onnxruntime.InferenceSession(model.SerializeToString(), plain).run(None, {"x": x})[0])
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+        onnxruntime.InferenceSession(model.SerializeToString(), options)
+        kinds = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+        assert (kinds == ["Gelu"]) == regrouped
+    assert found[0].tobytes() == found[1].tobytes()
+
+
+def test_a_product_that_is_read_twice_stays() -> None:
+    model = gelu(flipped=False)
+    model.graph.node.append(helper.make_node("Identity", ["scaled"], ["z"]))
+    before = model.SerializeToString()
+    assert not regroup_gelu.run(model, {})
+    assert model.SerializeToString() == before

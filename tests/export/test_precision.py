@@ -35,6 +35,7 @@ CELLS = [
     for number, kind in enumerate(ARCHITECTURES)
     for precision in TYPES
 ] + [(kind, "text_generation", "2:4", precision) for kind in ("gpt2", "llama") for precision in TYPES]
+FORMS = ("auto", "gemm", "conv")
 Cell = tuple[str, str, str, str]
 Array = np.ndarray[Any, Any]
 
@@ -49,7 +50,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Cell], tuple
             kind, head, pattern, precision = cell
             folder = tmp_path_factory.mktemp("cell") / "model"
             prune(make_decoder(folder, kind) if head not in HEADS else make_encoder(folder, kind, head), pattern)
-            export(folder, folder.parent / "artifact", precision=precision)
+            form = FORMS[CELLS.index(cell) % 3]
+            opset = 22 if (form, precision) == ("conv", "bf16") else 17
+            export(folder, folder.parent / "artifact", precision=precision, linear_form=form, opset=opset)
             made[cell] = folder, folder.parent / "artifact"
         return made[cell]
 
@@ -76,7 +79,7 @@ def test_types_follow_the_rule(cell: Cell, exported: Callable[[Cell], tuple[Path
         if node.op_type in IN_FLOAT32:
             floats = {types[name] for name in (*node.input, *node.output)} - {TensorProto.INT64}
             assert floats == {TensorProto.FLOAT}, node
-        if node.op_type in ("MatMul", "Gemm"):
+        if node.op_type in ("MatMul", "Gemm", "Conv"):
             products.append(types[node.output[0]])
         if node.op_type == "LayerNormalization" or (node.op_type == "Pow" and cell[0] == "llama"):
             # The residual stream has not been in half; the embeddings, which it begins with, are stored so.
@@ -103,11 +106,12 @@ def test_weights_are_the_trained_ones_rounded(cell: Cell, exported: Callable[[Ce
     for row in manifest.weights:
         weight = stored[row.initializer]
         trained = state[row.name].numpy() if kind == "gpt2" else state[row.name].numpy().T  # inputs x outputs
-        values = np.moveaxis(weight.values(), weight.axis, 0)
+        matrix, axis = weight.matrix()
+        values = np.moveaxis(matrix, axis, 0)
         assert values.dtype == TYPES[precision]
         np.testing.assert_array_equal(values.astype(np.float32), trained.astype(TYPES[precision]).astype(np.float32))
         np.testing.assert_array_equal(values == 0, trained == 0)
-        assert parse_pattern(pattern).holds(weight.values(), axis=weight.axis)
+        assert parse_pattern(pattern).holds(matrix, axis=axis)
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=" ".join)

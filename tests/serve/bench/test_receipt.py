@@ -113,6 +113,22 @@ def test_a_weight_is_found_behind_what_only_changes_its_form(form: str, tmp_path
     assert placed[0].time_ms > 0
 
 
+def test_a_convolution_in_blocked_layout_is_found(tmp_path: Path) -> None:
+    """ONNX Runtime reorders its weight and renames the node."""
+    W: Array = np.random.default_rng(0).standard_normal((64, 64, 1, 1)).astype(np.float32)
+    nodes = [
+        helper.make_node("Unsqueeze", ["x", "axis"], ["image"], name="u"),  # (2, 4, 64, 1)
+        helper.make_node("Transpose", ["image"], ["channels"], name="t", perm=[0, 2, 1, 3]),
+        helper.make_node("Conv", ["channels", "W"], ["y"], name="product"),
+    ]
+    path = save(tmp_path / "m.onnx", nodes, {"W": W, "axis": np.array([3], np.int64)})
+    with OnnxRuntimeEngine(path, variant="cpu", threads=1) as engine:
+        profiler = engine.profiler()
+        profiler.run({"x": np.ones((2, 4, 64), np.float32)})
+        placed = [each for each in profiler.finish(weights=["W"]) if each.weights]
+    assert [(each.operator, each.weights) for each in placed] == [("Conv", ("W",))]
+
+
 def info(name: str, *, shape: tuple[int, int] = (8, 8), density: float = 1.0) -> WeightInfo:
     return WeightInfo(name=name, initializer=name, shape=shape, axis=0, density=density)
 
