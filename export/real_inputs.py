@@ -7,13 +7,14 @@ from typing import Any
 
 from export.heads import choose_head
 from export.source import SPARSITY_FILE
+from pst import documents
 from pst.config import TrainConfig
 from pst.data import DataSpec, Examples, Split, in_validation, load, load_whole, text_columns_of
 from pst.errors import ArtifactError, DataError, ModelError, NoLabelsError, PSTError
 from pst.files import read_json, refuse_language_model, resolve_model
 from pst.progress import note
 from pst.tables import local, read_splits
-from pst.tasks import data_to_text, language_modeling
+from pst.tasks import data_to_text
 
 _TEXT_OPTIONS = (
     "data", "validation", "validation_fraction", "text_columns", "task", "input_column", "target_column",
@@ -87,7 +88,7 @@ def unlabelled(spec: DataSpec, *, split: Split, whole: bool = False) -> Texts:
     path = local(spec.data)
     single = path is not None and path.is_file()
     if path is not None and path.suffix == ".txt" and single:
-        tables, cut = {"train": language_modeling.read_text(path)}, True
+        tables, cut = {"train": documents.read_text(path)}, True
     else:
         tables, cut = read_splits(spec.data, spec.validation, {"train", split})
     table = tables["train" if cut or (whole and single) else split]
@@ -143,4 +144,4 @@ def _texts(config: Mapping[str, Any], *, split: Split = "validation") -> Texts:
     if chosen.task == "data_to_text":
         pairs = data_to_text.load(chosen, split=split)
         return Texts(first=pairs.prompts, second=pairs.targets)
-    return Texts(first=language_modeling.load(chosen, split=split).texts, second=None)
+    return Texts(first=documents.load(chosen, split=split).texts, second=None)

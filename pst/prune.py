@@ -23,6 +23,7 @@ from pst.calibration import input_moments
 from pst.compensation import compensate, input_scale
 from pst.data import DataSpec, text_columns_of
 from pst.distributed import Processes
+from pst.documents import read_text
 from pst.errors import ConfigError, DataError, ModelError
 from pst.files import atomic_folder, refuse_existing, resolve_model, write_json
 from pst.loading import first_line, load_config, load_tokenizer, require_vocabulary, settle_max_length
@@ -38,7 +39,6 @@ from pst.sparsify import merge_, set_sparsity_, sparsify_
 from pst.structured.calibration import compensate_unit, scale_units_
 from pst.structured.storage import from_pretrained
 from pst.tables import read_splits
-from pst.tasks.language_modeling import read_text
 
 METHODS = ("magnitude", "wanda")
 BATCH = 8

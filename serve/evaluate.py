@@ -1,4 +1,4 @@
-"""The task's metric for a folder of any stage, in PyTorch or ONNX Runtime."""
+"""The task's metric for a folder of any stage, in PyTorch or ONNX Runtime; of language models, perplexity."""
 
 import dataclasses
 import io
@@ -10,13 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from pst import metrics
+from pst import documents, metrics
 from pst.data import DataSpec, Examples, align_labels, load_whole
 from pst.errors import ConfigError
 from pst.files import atomic_file
 from pst.progress import progress
+from serve import perplexity
 from serve.classify import Classifier, softmax
+from serve.describe import describe
 from serve.engines import Array
+from serve.generate import Generator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +40,8 @@ class EvalResult:
     max_length: int
     batch_size: int
     seconds: float
+    targets: int | None = None
+    """Tokens that a language model's loss is a mean over."""
 
     @property
     def value(self) -> float:
@@ -60,7 +65,8 @@ class EvalResult:
         console = Console(file=stream, width=100, highlight=False)
         console.print(f"{self.path} on {self.source}", markup=False, soft_wrap=True)
         console.print(table)
-        console.print(f"{self.rows} rows, {self.engine}, {self.max_length} tokens at most, {self.seconds:.1f} s")
+        counted = f"{self.rows} rows" if self.targets is None else f"{self.targets} tokens of {self.rows} documents"
+        console.print(f"{counted}, {self.engine}, {self.max_length} tokens at most, {self.seconds:.1f} s")
         return stream.getvalue().rstrip("\n")
 
 
@@ -94,11 +100,16 @@ def evaluate(
 
     *predictions*: also write one JSON line per row, in the data's order: ``{"label", "prediction", "scores"}``, with
     class numbers and softmax scores, or the value and no scores where the task is regression.
+    A language model is measured on documents (pst/documents.py) by its perplexity of them (serve/perplexity.py).
 
     Raises DataError, ModelError, ArtifactError, EngineError or ConfigError.
     """
     if batch_size < 1:
         raise ConfigError(f"A batch of {batch_size} rows holds nothing; give --batch-size 1 or more.")
+    if path.exists() and describe(path).task == "text_generation":
+        if predictions is not None:
+            raise ConfigError("--predictions writes the answers of classifiers and regressors; leave it out here.")
+        return _evaluate_language_model(path, spec, engine=engine, batch_size=batch_size, threads=threads)
     examples = load_whole(spec)
     with Classifier(path, engine=engine, threads=threads, verify=True) as classifier:
         folder = classifier.folder
@@ -131,6 +142,30 @@ def evaluate(
     if predictions is not None:
         _write_predictions(predictions, examples.labels, answers, logits, task=folder.task)
     return result
+
+
+def _evaluate_language_model(path: Path, spec: DataSpec, *, engine: str, batch_size: int, threads: int) -> EvalResult:
+    text = documents.load_whole(spec)
+    with Generator(path, engine=engine, threads=threads, verify=True) as model:
+        blocks = perplexity.blocks_of(model, text)
+        start = time.perf_counter()
+        loss, targets = perplexity.token_loss(model, blocks, batch_size=batch_size)
+        seconds = time.perf_counter() - start
+        engine_name = model.engine.name
+    return EvalResult(
+        path=str(path),
+        task="text_generation",
+        metric="perplexity",
+        metrics={"perplexity": perplexity.perplexity(loss), "loss": loss},
+        rows=len(text),
+        source=text.source,
+        fingerprint=text.fingerprint,
+        engine=engine_name,
+        max_length=len(blocks[0]),
+        batch_size=batch_size,
+        seconds=seconds,
+        targets=targets,
+    )
 
 
 def _write_predictions(path: Path, labels: Array, answers: Array, logits: Array, *, task: str) -> None:

@@ -59,6 +59,8 @@ class TextEncoder:
         self.max_length = max_length
         self.padding_side = settings.get("padding_side") or padding.get("direction") or "right"
         self.pad_id = self._pad_id(folder, settings, padding)
+        self.eos_id = self._id_of(settings.get("eos_token"))
+        """Of the end-of-text token, None where the tokenizer names none."""
         self._tokenizer.no_padding()
         if max_length is None:
             self._tokenizer.no_truncation()
@@ -73,17 +75,23 @@ class TextEncoder:
             raise ModelError(f"{file} cannot cut texts to {max_length} tokens: {error}") from error
 
     def _pad_id(self, folder: Path, settings: dict[str, Any], padding: dict[str, Any]) -> int | None:
-        token = settings.get("pad_token") or padding.get("pad_token")
-        if isinstance(token, dict):
-            token = token.get("content")
-        known = self._tokenizer.token_to_id(token) if token else None
+        known = self._id_of(settings.get("pad_token") or padding.get("pad_token"))
         if known is None and (folder / "config.json").is_file():
             known = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("pad_token_id")
         return known
 
-    def tokenize(self, first: Sequence[str], second: Sequence[str] | None = None) -> list[Tokens]:
+    def _id_of(self, token: Any) -> int | None:
+        """The number of a special token, which older files hold in an object."""
+        content = token.get("content") if isinstance(token, dict) else token
+        known: int | None = self._tokenizer.token_to_id(content) if content else None
+        return known
+
+    def tokenize(
+        self, first: Sequence[str], second: Sequence[str] | None = None, *, special: bool = True
+    ) -> list[Tokens]:
         """One Tokens per text, or per pair of *first* and *second*, cut to max_length from the longer one.
 
+        *special*: with the special tokens that the tokenizer puts around a text.
         Raises DataError for a text that is not valid Unicode, or that leaves no token at all.
         """
         rows = [(text,) for text in first] if second is None else list(zip(first, second, strict=True))
@@ -91,7 +99,7 @@ class TextEncoder:
             for text in row:
                 if not _is_unicode(text):
                     raise DataError(f"Text {index} holds half of a surrogate pair, which is not valid Unicode; fix it.")
-        encodings = self._tokenizer.encode_batch(list(first) if second is None else rows)
+        encodings = self._tokenizer.encode_batch(list(first) if second is None else rows, add_special_tokens=special)
         result = []
         for index, encoding in enumerate(encodings):
             if not encoding.ids:

@@ -18,6 +18,7 @@ LEAVES = (
     "pst.progress",
     "pst.tables",
     "pst.data",
+    "pst.documents",
     "pst.metrics",
     "pst.patterns",
     "pst.settings",

@@ -120,7 +120,8 @@ def _frontier(report: Mapping[str, Any], color: Mapping[str, str]) -> str:
         for each in known
     ]
     metric = known[0]["accuracy"]["metric"]
-    return _figure(dots(found, x=f"p50 at {first}, ms", y=metric), "Up and to the left is better.")
+    better = "Down" if metric == "perplexity" else "Up"
+    return _figure(dots(found, x=f"p50 at {first}, ms", y=metric), f"{better} and to the left is better.")
 
 
 def _artifacts(report: Mapping[str, Any], color: Mapping[str, str]) -> str:

@@ -1,4 +1,4 @@
-"""What takes classifiers alone says so of a language model, whoever made it."""
+"""What takes language models as artifacts alone says so of others, whoever made them."""
 
 from pathlib import Path
 
@@ -16,7 +16,8 @@ def language_model(tmp_path: Path) -> Path:
 
     folder = tmp_path / "gpt2"
     size = save_tokenizer(folder, model_max_length=32)
-    GPT2LMHeadModel(GPT2Config(vocab_size=size, n_embd=16, n_layer=1, n_head=1, n_positions=32)).save_pretrained(folder)
+    config = GPT2Config(vocab_size=size, n_embd=16, n_layer=1, n_head=1, n_positions=32, eos_token_id=3)
+    GPT2LMHeadModel(config).save_pretrained(folder)
     return folder
 
 
@@ -34,15 +35,26 @@ def test_a_language_model(command: str, language_model: Path, reviews_file: Path
         command,
         language_model,
         *options(command, reviews_file),
-        says=("causal language model (GPT2LMHeadModel)", "AutoModelForCausalLM"),
+        says=("causal language model (GPT2LMHeadModel)", "take its artifact, which pst export makes"),
     )
 
 
 def test_its_artifact(language_model: Path, reviews_file: Path, tmp_path: Path, refused: Refused) -> None:
     done("export", language_model, "--output", tmp_path / "artifact")
+    refused(
+        "eval", "artifact", "--data", reviews_file, "--predictions", "rows.jsonl", says=("--predictions", "classifiers")
+    )
+    refused(
+        "bench", "artifact", *options("bench", reviews_file), says=("1x8 with 32 new tokens", "artifact can read (32")
+    )
+    assert "perplexity" in done("eval", "artifact", "--data", reviews_file)
+    assert "1x8 +4 tokens" in done("bench", "artifact", *options("bench", reviews_file), "--new-tokens", "4")
+
+
+def test_other_artifacts(language_model: Path, reviews_file: Path, tmp_path: Path, refused: Refused) -> None:
+    done("export", language_model, "--task", "feature_extraction", "--output", tmp_path / "artifact")
     for command in ("eval", "bench", "serve"):
-        more = options(command, reviews_file)
-        refused(command, "artifact", *more, says=("exported for text_generation", "sequence classification"))
+        refused(command, "artifact", *options(command, reviews_file), says=("exported for feature_extraction",))
 
 
 def test_heads(language_model: Path, refused: Refused) -> None:

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from pst.data import in_validation
+from pst.documents import Documents, load, load_whole
 from pst.errors import DataError, ModelError
 from pst.sequences import load_causal
-from pst.tasks.language_modeling import Documents, encode, load
+from pst.tasks.language_modeling import encode
 from pst.train import train
 from tests.pst.tasks.conftest import fact_rows, told, write_rows
 from tests.pst.training import report, tensors
@@ -62,6 +63,12 @@ def test_text_files(corpus: Path) -> None:
     alone = options(corpus, corpus / "train.txt", validation=str(corpus / "valid.txt"))
     assert load(alone, split="validation").fingerprint == load(config, split="validation").fingerprint
     assert load(options(corpus, corpus, limit=3), split="train").texts == [TEXTS[i] for i in (0, 4, 8)]
+
+
+def test_whole(corpus: Path) -> None:
+    assert load_whole(options(corpus, corpus / "train.txt")).texts == TEXTS
+    assert load_whole(options(corpus, corpus / "train.txt", limit=3)).texts == [TEXTS[i] for i in (0, 4, 8)]
+    assert load_whole(options(corpus, corpus)).texts == TEXTS[:4]
 
 
 def test_a_file_is_split_by_document(corpus: Path) -> None:
