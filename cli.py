@@ -433,7 +433,10 @@ def evaluate(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Measure a model's quality with its task's metric, in PyTorch or ONNX Runtime."""
+    """Measure a model's quality with its task's metric, in PyTorch or ONNX Runtime.
+
+    A language model's artifact is measured by its perplexity of text: a .txt file, or a table with a text column.
+    """
     from serve.evaluate import evaluate as run
 
     result = run(

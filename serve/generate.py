@@ -45,7 +45,7 @@ class Generator:
         self.encoder = TextEncoder(path, max_length=None)
         self._pad_id = made.pad_token_id
         self.engine = open_engine(path, engine=engine, threads=threads)
-        if not cache_inputs(self.engine.inputs):
+        if not cache_inputs(self.engine.inputs) or "position_ids" not in self.engine.inputs:
             self.engine.close()
             raise ArtifactError(f"{path} holds a graph without a key/value cache; {REMEDY}")
 

@@ -169,7 +169,7 @@ class Report:
 
         stream = io.StringIO()
         terminal = sys.stdout.isatty()
-        width = shutil.get_terminal_size((140, 24)).columns if terminal else 140
+        width = shutil.get_terminal_size((140, 24)).columns if terminal else 160
         console = Console(file=stream, width=width, force_terminal=terminal, highlight=False)
         last = self.receipts[-1:] if self.subjects[-1].pattern != "dense" else ()
         for header, rows in (_artifact_table(self), _latency_table(self), *map(receipt_table, last)):
