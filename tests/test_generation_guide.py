@@ -52,6 +52,20 @@ def _send(line: str, *, port: str) -> str:
         return str(answer.read().decode())
 
 
+def test_the_table_is_that_of_the_committed_report() -> None:
+    report = json.loads((ROOT / "benchmarks" / "generation_cpu_202611.json").read_text(encoding="utf-8"))
+    quoted = {
+        row[0]: row[1:] for row in (line.strip("| ").split(" | ") for line in GUIDE.splitlines()) if len(row) == 4
+    }
+    for entry in report["measurements"]:
+        column = ("dense", "2of4", "structured").index(entry["artifact"])
+        rate, time = entry["tokens_per_s"], entry["latency"]["p50"]
+        expected = f"{rate:.1f} tokens/s" if entry["new_tokens"] else f"{time:.0f} ms"
+        if entry["speedup"]:
+            expected += ", {ratio:.2f}× ({low:.2f} to {high:.2f})".format(**entry["speedup"])
+        assert quoted[entry["workload"]][column] == expected
+
+
 def test_every_field_is_explained() -> None:
     table = GUIDE.partition("| field |")[2]
     fields = re.findall(r"^\| `(\w+)`(?: or `(\w+)`)? \|", table, flags=re.MULTILINE)
