@@ -26,7 +26,7 @@ def check_format(format: str, output: Path, *, overwrite: bool) -> None:  # noqa
         near = difflib.get_close_matches(format, FORMATS, n=1)
         raise ConfigError(
             f"Unknown format {format!r}; "
-            + (f"did you mean {near[0]}?" if near else f"use one of {', '.join(FORMATS)}.")
+            + (f"did you mean {near[0]}?" if near else f"use --format {', '.join(FORMATS)}.")
         )
     if format.startswith("triton"):
         check_name(output.resolve().name)
