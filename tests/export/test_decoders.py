@@ -20,6 +20,7 @@ from export.pipeline import export
 from export.source import load_source
 from pst.errors import ArtifactError, ModelError
 from pst.patterns import parse_pattern
+from tests.export.rtx_parser import outputs_that_tensorrt_rtx_reads
 
 from ..decoders import KINDS, make_decoder, prune
 
@@ -132,15 +133,8 @@ def test_patterns_lie_along_the_axis_that_is_summed_over(exported: Exported, kin
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_tensorrt_rtx_reads_it(exported: Exported, kind: str) -> None:
-    trt: Any = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install tensorrt-rtx")
-    log = trt.Logger(trt.Logger.ERROR)
-    builder = trt.Builder(log)  # which has to live for as long as what it made
-    network = builder.create_network(0)
-    parser = trt.OnnxParser(network, log)
     _, artifact = exported(kind, "2:4")
-    assert parser.parse_from_file(str(artifact / "model.onnx")), [
-        parser.get_error(index).desc() for index in range(parser.num_errors)
-    ]
+    assert outputs_that_tensorrt_rtx_reads(artifact / "model.onnx") > 0
 
 
 def test_other_opsets(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from pst.errors import ArtifactError, ConfigError, EngineError, ModelError
 from pst.patterns import parse_pattern
 from serve.engines import open_engine
 from serve.generate import Generator
+from tests.export.rtx_parser import outputs_that_tensorrt_rtx_reads
 
 from ..decoders import make_decoder, prune
 from ..encoders import ARCHITECTURES, HEADS, make_encoder
@@ -116,15 +117,8 @@ def test_weights_are_the_trained_ones_rounded(cell: Cell, exported: Callable[[Ce
 
 @pytest.mark.parametrize("cell", CELLS, ids=" ".join)
 def test_tensorrt_rtx_reads_it(cell: Cell, exported: Callable[[Cell], tuple[Path, Path]]) -> None:
-    trt: Any = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install tensorrt-rtx")
-    log = trt.Logger(trt.Logger.ERROR)
-    builder = trt.Builder(log)  # which has to live for as long as what it made
-    network = builder.create_network(0)
-    parser = trt.OnnxParser(network, log)
     _, artifact = exported(cell)
-    assert parser.parse_from_file(str(artifact / "model.onnx")), [
-        parser.get_error(index).desc() for index in range(parser.num_errors)
-    ]
+    assert outputs_that_tensorrt_rtx_reads(artifact / "model.onnx") > 0
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])

@@ -27,6 +27,7 @@ from pst.data import DataSpec
 from pst.errors import ArtifactError, ConfigError, ModelError
 from pst.patterns import parse_pattern
 from serve.classify import Classifier
+from tests.export.rtx_parser import outputs_that_tensorrt_rtx_reads
 
 from ..command_line import environment
 from ..conftest import write_reviews
@@ -125,15 +126,8 @@ def test_what_runs_in_onnx_runtime(cell: Cell, exported: Callable[[Cell], tuple[
 
 @pytest.mark.parametrize("cell", [cell for cell in CELLS if cell[3] == "int8"], ids=" ".join)
 def test_tensorrt_rtx_reads_int8_activations(cell: Cell, exported: Callable[[Cell], tuple[Path, Path]]) -> None:
-    trt: Any = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install tensorrt-rtx")
-    log = trt.Logger(trt.Logger.ERROR)
-    builder = trt.Builder(log)  # which has to live for as long as what it made
-    network = builder.create_network(0)
-    parser = trt.OnnxParser(network, log)
     _, artifact = exported(cell)
-    assert parser.parse_from_file(str(artifact / "model.onnx")), [
-        parser.get_error(index).desc() for index in range(parser.num_errors)
-    ]
+    assert outputs_that_tensorrt_rtx_reads(artifact / "model.onnx") > 0
 
 
 def test_inspect_and_answers(exported: Callable[[Cell], tuple[Path, Path]]) -> None:

@@ -16,6 +16,7 @@ from pst.errors import DataError
 from pst.prune import prune
 from serve.sample import model_folder
 from tests.conftest import write_reviews
+from tests.export.rtx_parser import outputs_that_tensorrt_rtx_reads
 
 PATTERNS: dict[str, dict[str, Any]] = {"unstructured": {"sparsity": 0.9}, "2:4": {}, "structured": {"sparsity": 0.5}}
 
@@ -62,9 +63,4 @@ def test_the_quickstarts_model(pattern: str, classifier: Path, tmp_path: Path) -
         ).logits
     np.testing.assert_allclose(logits, expected.numpy(), atol=1e-4)
 
-    trt: Any = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install tensorrt-rtx")
-    log = trt.Logger(trt.Logger.ERROR)
-    builder = trt.Builder(log)  # which has to live for as long as what it made
-    network = builder.create_network(0)
-    parser = trt.OnnxParser(network, log)
-    assert parser.parse_from_file(str(file))
+    assert outputs_that_tensorrt_rtx_reads(file) > 0
