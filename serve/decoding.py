@@ -27,6 +27,11 @@ def cache_inputs(inputs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
     return {name: spec for name, spec in inputs.items() if name.startswith(PAST)}
 
 
+def has_cache(inputs: Mapping[str, TensorSpec]) -> bool:
+    """Whether a graph with these *inputs* can be continued token by token."""
+    return bool(cache_inputs(inputs)) and "position_ids" in inputs
+
+
 def empty_cache(inputs: Mapping[str, TensorSpec], batch_size: int) -> dict[str, Array]:
     """A cache of no tokens for each of cache_inputs: (batch_size, heads, 0, width). Raises ArtifactError."""
     return {name: _empty(spec, batch_size) for name, spec in cache_inputs(inputs).items()}
@@ -43,7 +48,7 @@ class Decoding:
     """Rows of a cache, which come and go between steps. Raises ArtifactError for a graph without a cache."""
 
     def __init__(self, engine: Engine, *, pad_id: int) -> None:
-        if not cache_inputs(engine.inputs) or "position_ids" not in engine.inputs:
+        if not has_cache(engine.inputs):
             raise ArtifactError(f"The graph has no key/value cache; {REMEDY}")
         self._engine, self._pad_id = engine, pad_id
         self._past = empty_cache(engine.inputs, 0)  # each (rows, heads, P, width)

@@ -19,7 +19,7 @@ from export import manifest
 from pst.errors import ArtifactError, ConfigError, DataError, ModelError
 from pst.files import read_json
 from serve.continuation import Continuation
-from serve.decoding import REMEDY, Decoding, cache_inputs
+from serve.decoding import REMEDY, Decoding, has_cache
 from serve.describe import ModelFolder, describe
 from serve.engines import open_engine
 from serve.sampling import Sampling
@@ -45,7 +45,7 @@ class Generator:
         self.encoder = TextEncoder(path, max_length=None)
         self._pad_id = made.pad_token_id
         self.engine = open_engine(path, engine=engine, threads=threads)
-        if not cache_inputs(self.engine.inputs) or "position_ids" not in self.engine.inputs:
+        if not has_cache(self.engine.inputs):
             self.engine.close()
             raise ArtifactError(f"{path} holds a graph without a key/value cache; {REMEDY}")
 

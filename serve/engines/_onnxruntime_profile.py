@@ -25,16 +25,14 @@ _FORMS = {"Cast", "DequantizeLinear", "Identity", "QuantizeLinear", "Reshape", "
 class OnnxRuntimeProfiler:
     """See serve.engines.Profiler."""
 
-    def __init__(self, runtime: Any, file: Path, *, threads: int, providers: Sequence[str]) -> None:
-        """Open *file* once more. Raises EngineError where onnx is not installed, or the runtime refuses."""
+    def __init__(self, runtime: Any, file: Path, *, options: Any, providers: Sequence[str]) -> None:
+        """Open *file* once more, with *options* (SessionOptions) and the profiler on.
+
+        Raises EngineError where onnx is not installed, or the runtime refuses.
+        """
         self._onnx, self._file, self._runs = _onnx(), file, 0
         self._folder = tempfile.TemporaryDirectory()
         self._optimized = Path(self._folder.name) / "optimized.onnx"
-        options = runtime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 4
-        options.add_session_config_entry("session.force_spinning_stop", "1")
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(self._folder.name) / "profile")
         options.optimized_model_filepath = str(self._optimized)

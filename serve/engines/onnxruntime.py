@@ -74,15 +74,9 @@ class OnnxRuntimeEngine:
         if not file.is_file():
             raise ArtifactError(f"{path} holds no model.onnx; give an artifact folder that pst export wrote.")
         providers = _providers(runtime, variant)
-        options = runtime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 4  # fatal only: its errors come as exceptions, and are said once
-        # Otherwise idle threads spin for a while after an inference, and take the CPU from whoever runs next.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
         start = time.perf_counter()
         self._runtime, self._file, self._asked = runtime, file, providers
-        self._session: Any = _open_session(runtime, file, options, providers)
+        self._session: Any = _open_session(runtime, file, _options(runtime, threads), providers)
         self.load_ms = (time.perf_counter() - start) * 1000
         used = self._session.get_providers()[0]
         if variant == "cuda" and used != CUDA:
@@ -114,7 +108,9 @@ class OnnxRuntimeEngine:
             raise EngineError("ONNX Runtime does not tell the time of its CUDA kernels.")
         from serve.engines._onnxruntime_profile import OnnxRuntimeProfiler
 
-        return OnnxRuntimeProfiler(self._runtime, self._file, threads=self.threads, providers=self._asked)
+        return OnnxRuntimeProfiler(
+            self._runtime, self._file, options=_options(self._runtime, self.threads), providers=self._asked
+        )
 
     def close(self) -> None:
         """Drop the session and its memory."""
@@ -127,6 +123,16 @@ class OnnxRuntimeEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _options(runtime: Any, threads: int) -> Any:
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4  # fatal only: its errors come as exceptions, and are said once
+    # Otherwise idle threads spin for a while after an inference, and take the CPU from whoever runs next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
 
 
 def _providers(runtime: Any, variant: str) -> list[str]:

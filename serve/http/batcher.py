@@ -13,11 +13,11 @@ import asyncio
 import collections
 import contextlib
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
 from pst.errors import ConfigError
+from serve.http.worker import Worker
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -52,17 +52,13 @@ class QueueFullError(Exception):
         self.retry_after_s = retry_after_s
 
 
-class ClosedError(Exception):
-    """The batcher takes no more items."""
-
-
 class _Entry(NamedTuple):
     item: object
     future: "asyncio.Future[object]"
     arrived: float
 
 
-class Batcher(Generic[Item, Result]):
+class Batcher(Worker, Generic[Item, Result]):
     """Collects items into batches for one worker thread. All methods belong to one event loop."""
 
     def __init__(
@@ -70,28 +66,20 @@ class Batcher(Generic[Item, Result]):
         run: Callable[[list[Item]], Sequence[Result]],
         options: BatchOptions,
     ) -> None:
+        super().__init__(name="batcher")
         self._run = run
         self._max_batch_size = options.max_batch_size
         self._max_queue_delay_s = options.max_queue_delay_ms / 1000
         self._max_queue_size = options.max_queue_size
         self._queue: collections.deque[_Entry] = collections.deque()
-        self._arrival = asyncio.Event()
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batcher")
-        self._worker: asyncio.Task[None] | None = None
-        self._closing = False
         self._batch_s = 0.0
-
-    def start(self) -> None:
-        """Begin to take batches; items may be submitted from now on."""
-        self._worker = asyncio.create_task(self._work())
 
     async def submit(self, items: Sequence[Item]) -> list[Result]:
         """Results of *items* in their order. All are accepted or none.
 
         Raises QueueFullError, ClosedError, or what ``run`` raises for one of them alone.
         """
-        if self._closing or self._worker is None:
-            raise ClosedError
+        self._require_open()
         if len(self._queue) + len(items) > self._max_queue_size:
             batches = len(self._queue) / self._max_batch_size + 1
             raise QueueFullError(batches * self._batch_s)
@@ -107,14 +95,6 @@ class Batcher(Generic[Item, Result]):
                 entry.future.cancel()
             raise
         return results  # type: ignore[return-value]
-
-    async def close(self) -> None:
-        """Refuse new items, finish those accepted, and end the thread."""
-        self._closing = True
-        self._arrival.set()
-        if self._worker is not None:
-            await self._worker
-        self._executor.shutdown()
 
     async def _work(self) -> None:
         while True:

@@ -12,7 +12,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from pst.errors import DataError
-from serve.http.batcher import ClosedError, QueueFullError
+from serve.http.batcher import QueueFullError
+from serve.http.worker import ClosedError
 
 FAILED = "The server failed to answer; its log says why."
 

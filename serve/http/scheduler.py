@@ -13,14 +13,14 @@ long prompt pads no other, and holds the others up once. Nobody waits for compan
 import asyncio
 import collections
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 
 from serve.continuation import Continuation
 from serve.decoding import Decoding
-from serve.http.batcher import BatchOptions, ClosedError, QueueFullError
+from serve.http.batcher import BatchOptions, QueueFullError
+from serve.http.worker import Worker
 
 
 class Piece(NamedTuple):
@@ -56,30 +56,22 @@ class Answer:
             yield piece
 
 
-class Scheduler:
+class Scheduler(Worker):
     """Rounds of one worker thread. All methods belong to one event loop."""
 
     def __init__(self, decoding: Callable[[], Decoding], options: BatchOptions) -> None:
+        super().__init__(name="scheduler")
         self._new_decoding = decoding
         self._decoding = decoding()
         self._max_batch_size = options.max_batch_size
         self._max_queue_size = options.max_queue_size
         self._waiting: collections.deque[Answer] = collections.deque()
         self._running: list[Answer] = []  # the rows of the decoding
-        self._arrival = asyncio.Event()
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="scheduler")
-        self._worker: asyncio.Task[None] | None = None
-        self._closing = False
         self._answer_s = 0.0
-
-    def start(self) -> None:
-        """Begin with the rounds; texts may be submitted from now on."""
-        self._worker = asyncio.create_task(self._work())
 
     def submit(self, continuations: Sequence[Continuation]) -> list[Answer]:
         """An answer to each, in their order. All are accepted or none. Raises QueueFullError or ClosedError."""
-        if self._closing or self._worker is None:
-            raise ClosedError
+        self._require_open()
         self._waiting = collections.deque(answer for answer in self._waiting if not answer.gone)
         if len(self._waiting) + len(continuations) > self._max_queue_size:
             raise QueueFullError((len(self._waiting) / self._max_batch_size + 1) * self._answer_s)
@@ -88,14 +80,6 @@ class Scheduler:
         self._waiting.extend(answers)
         self._arrival.set()
         return answers
-
-    async def close(self) -> None:
-        """Refuse new texts, finish those accepted, and end the thread."""
-        self._closing = True
-        self._arrival.set()
-        if self._worker is not None:
-            await self._worker
-        self._executor.shutdown()
 
     async def _work(self) -> None:
         loop = asyncio.get_running_loop()

@@ -10,7 +10,8 @@ from starlette.responses import Response
 
 from serve.describe import ModelFolder
 from serve.engines import Engine, TensorSpec
-from serve.http.batcher import BatchOptions, ClosedError
+from serve.http.batcher import BatchOptions
+from serve.http.worker import ClosedError, Worker
 
 DATATYPES = {
     "int64": "INT64",
@@ -30,16 +31,6 @@ class Model(Protocol):
     engine: Engine
 
     def close(self) -> None: ...
-
-
-class Worker(Protocol):
-    """A Batcher or a Scheduler."""
-
-    def start(self) -> None: ...
-
-    async def close(self) -> None:
-        """Finish what was accepted, and end."""
-        ...
 
 
 ModelType = TypeVar("ModelType", bound=Model)

@@ -15,8 +15,9 @@ from starlette.responses import Response
 from pst.errors import ConfigError
 from serve.classify import Classifier
 from serve.http.app import MAX_BODY_BYTES, create_app
-from serve.http.batcher import BatchOptions, ClosedError, QueueFullError
+from serve.http.batcher import BatchOptions, QueueFullError
 from serve.http.classify import ClassifyService
+from serve.http.worker import ClosedError
 
 Body = dict[str, Any]
 

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from serve.http.batcher import Batcher, BatchOptions, ClosedError, QueueFullError
+from serve.http.batcher import Batcher, BatchOptions, QueueFullError
+from serve.http.worker import ClosedError
 
 Run = Callable[[list[int]], Sequence[int]]
 

@@ -12,8 +12,9 @@ from serve.continuation import Continuation
 from serve.decoding import Decoding
 from serve.engines import Array
 from serve.generate import Generator
-from serve.http.batcher import BatchOptions, ClosedError, QueueFullError
+from serve.http.batcher import BatchOptions, QueueFullError
 from serve.http.scheduler import Answer, Scheduler
+from serve.http.worker import ClosedError
 
 Scenario = Callable[[Scheduler], Awaitable[None]]
 
