@@ -22,8 +22,9 @@ from pst import checkpoint, memory, methods, tasks
 from pst.batches import training_rows
 from pst.calibration import Calibration
 from pst.config import TrainConfig
+from pst.device import named_device
 from pst.distributed import Processes, processes
-from pst.errors import ConfigError, ModelError, RunError
+from pst.errors import ModelError, RunError
 from pst.files import remove, storage_errors
 from pst.graphs import RecordedSteps, padded_length
 from pst.objective import Objective
@@ -91,7 +92,7 @@ def _train(
     if report is not None:
         note(f"{output} is finished already.")
         return _result(output, report)
-    device = _device(config.device, group)
+    device = named_device(config.device, group)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where graphs are recorded and kernels are started
     memory.reset_peak(device)
@@ -307,24 +308,6 @@ def _given(value: Any) -> Any:
     """A field that ``TrainConfig.filled`` has set."""
     assert value is not None
     return value
-
-
-def _device(name: str, group: Processes) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and group.count > 1:
-        name = f"cuda:{group.local_rank}"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError("device is cuda, but torch sees no GPU here; use --set device=auto, or cpu.")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"device is {name!r}; use auto, cpu, cuda, or cuda:N.") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device is {name!r}, but the GPUs here are numbered 0 to {torch.cuda.device_count() - 1}.")
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())  # as torch.cuda.set_device wants it
-    return device
 
 
 def _fingerprint(model: nn.Module) -> str:
