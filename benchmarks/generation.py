@@ -9,25 +9,16 @@ them in turn in one process. Models and artifacts are left in --work, if given.
 """
 
 import argparse
-import json
-import shlex
-import shutil
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from benchmarks.reports import report_path
+from benchmarks import artifacts
 from export.pipeline import export
-from pst.files import write_json
 from pst.prune import prune
-from pst.result import git_revision
 from pst.scratch import make_gpt2
-from serve.bench.runner import bench
-from serve.bench.workload import parse_shapes
 
 ARTIFACTS: dict[str, dict[str, Any]] = {
     "dense": {},
@@ -38,29 +29,11 @@ ARTIFACTS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     """Build, export, measure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder of the report")
-    parser.add_argument("--engine", default="onnxruntime", help="as of pst bench: onnxruntime or onnxruntime-cuda")
+    parser = artifacts.options(__doc__, shapes="1x32,8x32,32x32", runs=20)
     parser.add_argument("--layers", type=int, default=12, help="of 768 features (12)")
-    parser.add_argument("--shapes", default="1x32,8x32,32x32")
     parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--runs", type=int, default=20)
-    parser.add_argument("--seconds", type=float, default=240.0, help="seconds after which a workload stops early")
-    parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--work", type=Path, help="folder for models and artifacts; artifacts found there are measured")
-    arguments = parser.parse_args()
-    work = arguments.work or Path(tempfile.mkdtemp(prefix="generation-"))
-    try:
-        report = measure(work, arguments)
-    finally:
-        if arguments.work is None:
-            shutil.rmtree(work, ignore_errors=True)
-    cuda = arguments.engine.endswith("cuda")
-    path = report_path("generation", report["environment"], device="cuda" if cuda else "cpu")
-    write_json(arguments.output / path.name, report)
     shown = ("workload", "artifact", "per_token_ms", "tokens_per_s", "speedup")
-    for row in report["measurements"]:
-        print(json.dumps({key: row[key] for key in shown}))
+    artifacts.run("generation", parser.parse_args(), measure, shown=shown)
 
 
 def measure(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -73,31 +46,9 @@ def measure(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         else:
             prune(work / "model", work / f"{name}-model", **options)
         export(work / f"{name}-model" if options else work / "model", work / name)
-    result = bench(
-        [work / name for name in ARTIFACTS],
-        shapes=parse_shapes(arguments.shapes),
-        output=work / "report",
-        threads=arguments.threads,
-        warmup=2,
-        runs=arguments.runs,
-        new_tokens=arguments.new_tokens,
-        command=_command(arguments),
-        engine=arguments.engine,
-        budget_s=arguments.seconds,
-        overwrite=True,
-    )
-    print(result.render(), file=sys.stderr)
-    report: dict[str, Any] = json.loads((work / "report" / "report.json").read_text(encoding="utf-8"))
-    for artifact in report["artifacts"]:
-        artifact["path"] = artifact["name"]
-    return report | {"layers": arguments.layers, "git_revision": git_revision()}
-
-
-def _command(arguments: argparse.Namespace) -> str:
-    """What repeats the measurement; where its files were kept does not belong to it."""
-    given = {name: value for name, value in sorted(vars(arguments).items()) if name not in ("work", "output")}
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
-    return shlex.join(["python", "-m", "benchmarks.generation", *flags, "--output", "benchmarks"])
+    paths = [work / name for name in ARTIFACTS]
+    report = artifacts.measured("generation", paths, arguments, warmup=2, new_tokens=arguments.new_tokens)
+    return report | {"layers": arguments.layers}
 
 
 def save(folder: Path, *, layers: int) -> None:

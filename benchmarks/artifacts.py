@@ -1,0 +1,83 @@
+"""What scripts that build artifacts and measure them by ``pst bench`` share: options, a folder to work in, a report."""
+
+import argparse
+import json
+import shlex
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.reports import report_path
+from pst.files import write_json
+from pst.result import git_revision
+from serve.bench.runner import bench
+from serve.bench.workload import parse_shapes
+
+
+def options(description: str | None, *, shapes: str, runs: int) -> argparse.ArgumentParser:
+    """A parser with the options that all of them have; *shapes* and *runs* are defaults."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder of the report")
+    parser.add_argument("--engine", default="onnxruntime", help="as of pst bench: onnxruntime or onnxruntime-cuda")
+    parser.add_argument("--shapes", default=shapes)
+    parser.add_argument("--runs", type=int, default=runs)
+    parser.add_argument("--seconds", type=float, default=240.0, help="most seconds for all shapes together")
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--work", type=Path, help="folder for models and artifacts; artifacts found there are measured")
+    return parser
+
+
+def run(
+    name: str,
+    arguments: argparse.Namespace,
+    measure: Callable[[Path, argparse.Namespace], dict[str, Any]],
+    *,
+    shown: Sequence[str],
+) -> None:
+    """Write what *measure* finds, working in --work, to NAME_<device>_<yyyymm>.json; print *shown* of each row."""
+    work = arguments.work or Path(tempfile.mkdtemp(prefix=f"{name}-"))
+    try:
+        report = measure(work, arguments)
+    finally:
+        if arguments.work is None:
+            shutil.rmtree(work, ignore_errors=True)
+    cuda = arguments.engine.endswith("cuda")
+    path = report_path(name, report["environment"], device="cuda" if cuda else "cpu")
+    write_json(arguments.output / path.name, report)
+    for row in report["measurements"]:
+        print(json.dumps({key: row[key] for key in shown}))
+
+
+def measured(
+    name: str, artifacts: Sequence[Path], arguments: argparse.Namespace, *, warmup: int, **more: Any
+) -> dict[str, Any]:
+    """The report of ``pst bench`` over *artifacts*, in turn, with the revision; *more* goes to ``bench``."""
+    folder = artifacts[0].parent / "report"
+    result = bench(
+        artifacts,
+        shapes=parse_shapes(arguments.shapes),
+        output=folder,
+        threads=arguments.threads,
+        warmup=warmup,
+        runs=arguments.runs,
+        command=_command(name, arguments),
+        engine=arguments.engine,
+        budget_s=arguments.seconds,
+        overwrite=True,
+        **more,
+    )
+    print(result.render(), file=sys.stderr)
+    report: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    for artifact in report["artifacts"]:
+        artifact["path"] = artifact["name"]
+    return report | {"git_revision": git_revision()}
+
+
+def _command(name: str, arguments: argparse.Namespace) -> str:
+    """What repeats the measurement; where its files were kept does not belong to it."""
+    given = {key: value for key, value in sorted(vars(arguments).items()) if key not in ("work", "output")}
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in given.items()]
+    return shlex.join(["python", "-m", f"benchmarks.{name}", *flags, "--output", "benchmarks"])
