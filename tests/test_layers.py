@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("pst", "export", "serve")
 HEAVY = {"torch", "transformers"}
 LEAVES = (
+    "pst.command_line",
     "pst.errors",
     "pst.files",
     "pst.progress",
