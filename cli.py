@@ -45,7 +45,7 @@ def _register() -> None:
         for command in part.registered_commands:
             assert command.callback is not None
             found[command.name or command.callback.__name__] = command
-    app.registered_commands += [found[name] for name in ORDER]
+    app.registered_commands += [found[name] for name in sorted(found, key=ORDER.index)]
 
 
 _register()

@@ -1,4 +1,4 @@
-"""The commands eval, bench, report, serve and quickstart. Everything heavy is imported inside them: ``--help`` is quick."""
+"""The commands eval, bench, report, serve and quickstart. What is heavy is imported inside them."""
 
 import shlex
 import sys
