@@ -35,6 +35,11 @@ class GraphView:
             raise DiffersError(name)
         return node
 
+    def is_made_by(self, name: str, operator: str) -> bool:
+        """Whether an *operator* computes *name*."""
+        node = self.producers.get(name)
+        return node is not None and bool(node.op_type == operator)
+
     def reader(self, name: str, *operators: str) -> Any:
         """The only node that reads *name*; raises DiffersError."""
         found = self.readers.get(name, [])
@@ -76,3 +81,47 @@ class GraphView:
                 factor = float(self.constant(other))
                 return str(node.input[place]), factor if node.op_type == "Mul" else 1 / factor
         return name, 1.0
+
+    def put(self, node: Any, *instead: Any) -> None:
+        """*instead* in the place of *node*."""
+        place = next(at for at, other in enumerate(self.graph.node) if other is node or other.output == node.output)
+        nodes = list(self.graph.node)
+        nodes[place : place + 1] = instead
+        del self.graph.node[:]
+        self.graph.node.extend(nodes)
+
+    def drop(self, node: Any) -> None:
+        """Take *node* out."""
+        self.put(node)
+
+
+def drop_unused(graph: Any) -> None:
+    """Take out nodes and initializers of *graph* (GraphProto, nodes in order) that nothing reads."""
+    read = {value.name for value in graph.output}
+    kept = []
+    for node in reversed(graph.node):
+        if read & set(node.output):
+            read |= set(node.input)
+            kept.append(node)
+    initializers = [tensor for tensor in graph.initializer if tensor.name in read]
+    del graph.node[:], graph.initializer[:]
+    graph.node.extend(reversed(kept))
+    graph.initializer.extend(initializers)
+
+
+def in_order(graph: Any) -> None:
+    """Put each node of *graph* (GraphProto) behind those that it reads, and otherwise leave the order."""
+    made = {name for node in graph.node for name in node.output if name}
+    waiting, done = list(graph.node), []
+    while waiting:
+        later = []
+        for node in waiting:
+            if made & set(node.input):
+                later.append(node)
+            else:
+                done.append(node)
+                made -= set(node.output)
+        assert len(later) < len(waiting)
+        waiting = later
+    del graph.node[:]
+    graph.node.extend(done)

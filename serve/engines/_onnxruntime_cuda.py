@@ -145,6 +145,7 @@ def fused(file: Path, *, unpadded: bool) -> _Fused | None:
     except ImportError:
         note("onnx is not installed, so ONNX Runtime computes attention in many small steps; run: pip install onnx")
         return None
+    from serve.engines._onnxruntime_elementwise import fuse_elementwise
     from serve.engines._onnxruntime_fusion import fuse_attention
 
     if sum(part.stat().st_size for part in file.parent.glob(f"{file.name}*")) > LARGEST:
@@ -157,5 +158,4 @@ def fused(file: Path, *, unpadded: bool) -> _Fused | None:
             f"No attention in {file} has the form that ONNX Runtime fuses here, so it computes in many small steps; "
             "of BERT-like encoders and GPT-2 the linear forms auto, matmul and gemm have it."
         )
-        return None
-    return _Fused(model, count)
+    return _Fused(model, count) if fuse_elementwise(model) or count else None

@@ -8,8 +8,7 @@ node of the domain com.microsoft, for which ONNX Runtime has kernels that never 
                         side, are one product
     MultiHeadAttention  elsewhere, with past and present of a decoder's cache
 
-What follows (residual sum and LayerNormalization, bias and GELU) ONNX Runtime fuses by itself. Softmax stays float32
-inside those kernels, as export/precision.py has it. Sums of heads that differ from layer to layer are no obstacle.
+Softmax stays float32 inside those kernels, as export/precision.py has it. Layers may differ in their number of heads.
 
 A text without padding needs no mask, and the fastest kernels take none: *unpadded* leaves it out, and marks a decoder's
 attention as causal. What a mask is made of is read from the graph; one that is not understood stays as it is.
@@ -23,7 +22,7 @@ import numpy as np
 
 from serve.engines import Array
 from serve.engines._attention_mask import mask_parts
-from serve.engines._graph_view import DiffersError, GraphView
+from serve.engines._graph_view import DiffersError, GraphView, drop_unused
 
 DOMAIN = "com.microsoft"
 _MATRIX = 2
@@ -63,7 +62,7 @@ def fuse_attention(model: Any, *, unpadded: bool) -> int:
             continue
         count += 1
     if count:
-        _drop_unused(model.graph)
+        drop_unused(model.graph)
         if not any(entry.domain == DOMAIN for entry in model.opset_import):
             model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
     return count
@@ -251,17 +250,3 @@ def _replace(graph: GraphView, context: str, nodes: list[Any], made: set[str]) -
             kept.append(node)
     del graph.graph.node[:]
     graph.graph.node.extend(kept)
-
-
-def _drop_unused(graph: Any) -> None:
-    """Nodes and initializers that nothing reads any more."""
-    read = {value.name for value in graph.output}
-    kept = []
-    for node in reversed(graph.node):
-        if read & set(node.output):
-            read |= set(node.input)
-            kept.append(node)
-    initializers = [tensor for tensor in graph.initializer if tensor.name in read]
-    del graph.node[:], graph.initializer[:]
-    graph.node.extend(reversed(kept))
-    graph.initializer.extend(initializers)

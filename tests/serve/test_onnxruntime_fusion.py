@@ -1,5 +1,6 @@
 """What ONNX Runtime is given for a GPU computes what the artifact computes; here with its kernels for the CPU."""
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,19 @@ import pytest
 from serve.engines import Array, open_engine
 from serve.engines import _onnxruntime_fusion as fusion
 from serve.engines._onnxruntime_cuda import FusedSessions, fused
+from serve.engines._onnxruntime_elementwise import fuse_elementwise
 from serve.engines._onnxruntime_fusion import DOMAIN, fuse_attention
 
 from ..decoders import make_decoder
 from ..encoders import make_encoder
 
 Exported = Callable[..., Path]
-NAMES = ("bert", "roberta", "distilbert", "mpnet", "electra", "gpt2", "llama", "lm-gpt2")
+_BERT = {"Attention": 2, "SkipLayerNormalization": 4, "BiasGelu": 2}
+_GPT2 = {"MultiHeadAttention": 2, "SkipLayerNormalization": 4, "FastGelu": 2}
+EXPECTED: dict[str, dict[str, int]] = {
+    "bert": _BERT, "roberta": _BERT, "distilbert": _BERT, "mpnet": _BERT, "electra": _BERT | {"Gelu": 1},
+    "gpt2": _GPT2, "llama": {}, "lm-gpt2": _GPT2,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -28,15 +35,15 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
 
     made: dict[tuple[str, ...], Path] = {}
 
-    def make(name: str, precision: str = "fp32", linear_form: str = "auto") -> Path:
-        key = (name, precision, linear_form)
+    def make(name: str, precision: str = "fp32", form: str = "auto", residual: str = "fp32") -> Path:
+        key = (name, precision, form, residual)
         if key not in made:
             folder = tmp_path_factory.mktemp(name)
             if name.startswith("lm-"):
                 make_decoder(folder / "model", name.removeprefix("lm-"))
             else:
                 make_encoder(folder / "model", name, "classification")
-            export(folder / "model", folder / "artifact", precision=precision, linear_form=linear_form)
+            export(folder / "model", folder / "artifact", precision=precision, linear_form=form, residual=residual)
             made[key] = folder / "artifact"
         return made[key]
 
@@ -72,7 +79,7 @@ def _difference(first: Any, second: Any, feeds: dict[str, Array], *, rows: Any =
     return max(float(np.abs(one[rows].astype(np.float64) - other[rows]).max()) for one, other in pairs)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EXPECTED)
 def test_what_is_fused_computes_the_same(exported: Exported, name: str) -> None:
     file = exported(name) / "model.onnx"
     plain, cached = _session(str(file)), name.startswith("lm-")
@@ -88,8 +95,9 @@ def test_what_is_fused_computes_the_same(exported: Exported, name: str) -> None:
         if name == "llama":
             assert len(model.graph.node) == nodes
             continue
-        assert sum(node.domain == DOMAIN for node in model.graph.node) == 2
-        assert not any(node.op_type == "Softmax" for node in model.graph.node)
+        fuse_elementwise(model)
+        assert Counter(node.op_type for node in model.graph.node if node.domain == DOMAIN) == EXPECTED[name]
+        assert not {"Softmax", "Erf"} & {node.op_type for node in model.graph.node}
         quick = _session(model.SerializeToString())
         assert _difference(plain, quick, _feeds(plain, mask=mask, past=past)) < 1e-5
         if cached:  # and a prompt, which has no past
@@ -99,12 +107,16 @@ def test_what_is_fused_computes_the_same(exported: Exported, name: str) -> None:
             assert _difference(plain, quick, _feeds(plain, mask=padded, past=past)) > 1e-3
 
 
-@pytest.mark.parametrize(("form", "operator"), [("matmul", "Attention"), ("gemm", "MultiHeadAttention"), ("conv", "")])
-def test_fp16_and_the_linear_forms(exported: Exported, form: str, operator: str) -> None:
-    file = exported("bert", "fp16", form) / "model.onnx"
+@pytest.mark.parametrize(
+    ("form", "operator", "residual"),
+    [("matmul", "Attention", "half"), ("gemm", "MultiHeadAttention", "fp32"), ("conv", "", "fp32")],
+)
+def test_fp16_and_the_linear_forms(exported: Exported, form: str, operator: str, residual: str) -> None:
+    file = exported("bert", "fp16", form, residual) / "model.onnx"
     model = onnx.load(file)
     assert fuse_attention(model, unpadded=False) == (2 if operator else 0)
     assert {node.op_type for node in model.graph.node if node.domain == DOMAIN} == ({operator} if operator else set())
+    assert fuse_elementwise(model) == (6 if operator else 2)
     mask = np.ones((2, 9), dtype=np.int64)
     mask[0, 5:] = 0
     plain = _session(str(file))
@@ -164,5 +176,5 @@ def test_a_fused_graph_that_differs_is_not_used(
 
 
 def test_what_cannot_be_fused_says_so(exported: Exported, capsys: pytest.CaptureFixture[str]) -> None:
-    assert fused(exported("llama") / "model.onnx", unpadded=True) is None
+    assert fused(exported("llama") / "model.onnx", unpadded=True) is None  # neither attention nor what is around it
     assert "No attention in" in capsys.readouterr().err
