@@ -70,7 +70,7 @@ def bench(
         engines: dict[str, Engine] = {}
         subjects: list[Subject] = []
         for name, path in names.items():
-            engines[name] = stack.enter_context(open_engine(path, engine=engine, threads=threads))
+            engines[name] = stack.enter_context(open_engine(path, engine=engine, threads=threads, shapes=shapes))
             subjects.append(_subject(name, path, folders[name], engines[name], accuracy=accuracy.get(name)))
         new_tokens = new_tokens if _generate(engines) else 0
         check_shapes(shapes, {name: opened.max_length for name, opened in engines.items()}, new_tokens=new_tokens)

@@ -3,14 +3,14 @@
     with open_engine(Path("artifact"), engine="onnxruntime", threads=2) as engine:
         logits = engine.infer({"input_ids": ids, "attention_mask": mask})["logits"]   # (batch, labels)
 
-An engine's module defines ``open_path(path, *, variant, threads) -> Engine``. What follows the first hyphen of an
-engine's name is the variant: ``onnxruntime-cuda`` opens ``onnxruntime.py`` with the variant ``cuda``.
+An engine's module defines ``open_path(path, *, variant, threads, shapes) -> Engine``. What follows the first hyphen of
+an engine's name is the variant: ``onnxruntime-cuda`` opens ``onnxruntime.py`` with the variant ``cuda``.
 """
 
 import importlib
 import os
 import pkgutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -96,7 +96,9 @@ class ProfilingEngine(Engine, Protocol):
 
 
 class _EngineModule(Protocol):
-    def open_path(self, path: Path, *, variant: str, threads: int) -> Engine: ...
+    def open_path(
+        self, path: Path, *, variant: str, threads: int, shapes: Sequence[tuple[int, int]] = ()
+    ) -> Engine: ...
 
 
 def available_cpus() -> int:
@@ -116,11 +118,14 @@ def engine_names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
 
 
-def open_engine(path: Path, *, engine: str = "auto", threads: int = 0) -> Engine:
+def open_engine(
+    path: Path, *, engine: str = "auto", threads: int = 0, shapes: Sequence[tuple[int, int]] = ()
+) -> Engine:
     """Load an artifact folder, a bare ``.onnx`` file, or a Hugging Face folder (or the run that holds one).
 
     *engine*: ``auto`` takes ONNX Runtime (on a GPU where it can) for what holds ONNX, and PyTorch otherwise.
     *threads*: CPU threads of one inference; 0 takes every CPU that the process may use.
+    *shapes*: (batch, tokens) that will be asked for, where that is known; others run as well, perhaps slower.
 
     Raises EngineError for an unknown or missing runtime, ArtifactError and ModelError for a damaged folder.
     """
@@ -135,7 +140,7 @@ def open_engine(path: Path, *, engine: str = "auto", threads: int = 0) -> Engine
     if name not in engine_names():
         raise EngineError(f"{engine} is not an engine; choose one of auto, {', '.join(engine_names())}.")
     module = cast("_EngineModule", importlib.import_module(f"{__name__}.{name}"))
-    return module.open_path(path, variant=variant, threads=threads or available_cpus())
+    return module.open_path(path, variant=variant, threads=threads or available_cpus(), shapes=shapes)
 
 
 def check_feeds(inputs: Mapping[str, TensorSpec], feeds: Mapping[str, Array], *, max_length: int | None) -> None:

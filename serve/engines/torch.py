@@ -6,7 +6,7 @@ Variants: ``torch`` and ``auto`` use a GPU where there is one; ``torch-cpu`` and
 
 import importlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -114,6 +114,6 @@ def _load_model(torch: Any, transformers: Any, folder: Path) -> Any:
     return model
 
 
-def open_path(path: Path, *, variant: str, threads: int) -> TorchEngine:
+def open_path(path: Path, *, variant: str, threads: int, shapes: Sequence[tuple[int, int]] = ()) -> TorchEngine:
     """Open a run or model folder; serve.engines.open_engine calls this."""
     return TorchEngine(path, variant=variant, threads=threads)
