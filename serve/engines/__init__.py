@@ -3,8 +3,8 @@
     with open_engine(Path("artifact"), engine="onnxruntime", threads=2) as engine:
         logits = engine.infer({"input_ids": ids, "attention_mask": mask})["logits"]   # (batch, labels)
 
-An engine's module defines ``open_path(path, *, variant, threads) -> Engine``. What follows the first hyphen of an
-engine's name is the variant: ``onnxruntime-cuda`` opens ``onnxruntime.py`` with the variant ``cuda``.
+An engine's module defines ``open_path(path, *, variant, threads, shapes) -> Engine``. What follows the first hyphen of
+an engine's name is the variant: ``onnxruntime-cuda`` opens ``onnxruntime.py`` with the variant ``cuda``.
 """
 
 import importlib
@@ -18,6 +18,7 @@ from typing import Protocol, Self, cast, runtime_checkable
 
 import numpy as np
 
+from export.manifest import WeightInfo
 from pst.errors import ArtifactError, EngineError
 
 Array = np.ndarray
@@ -34,6 +35,21 @@ class TensorSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Shapes:
+    """What an engine will be given, for those that prepare for it; none has to."""
+
+    fixed: tuple[tuple[int, int], ...] = ()
+    """Batch x tokens, again and again; of a decoder the prompt's."""
+    others: bool = True
+    """Whether other shapes will be given as well."""
+    new_tokens: int = 0
+    """Single tokens that a decoder reads after each of the fixed prompts."""
+
+
+ANY_SHAPE = Shapes()
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerTime:
     """One node of the graph that a runtime made, as it ran."""
 
@@ -43,6 +59,22 @@ class LayerTime:
     time_ms: float
     weights: tuple[str, ...]
     """Initializers of the model's file that it computes with; empty for attention's products, norms and the like."""
+    kernel: str = ""
+    """The runtime's name of what ran on a GPU, where it tells."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What became of one weight's zeros."""
+
+    eligible: bool | None
+    """Whether the runtime has a sparse kernel for it; None where it does not say."""
+    chosen: bool
+    """Whether that kernel ran."""
+    why: str
+    """Why it did not, or which one did; no full stop."""
+    advice: str = ""
+    """What to change."""
 
 
 class Engine(Protocol):
@@ -85,6 +117,10 @@ class Profiler(Protocol):
         """The median time of each node, the first inferences left out. *weights*: initializers to look for."""
         ...
 
+    def explain(self, weight: WeightInfo, *, pattern: str, place: LayerTime | None) -> Verdict:
+        """After finish: what became of the zeros of *weight*, of *pattern*. *place*: where it ran, if known."""
+        ...
+
 
 @runtime_checkable
 class ProfilingEngine(Engine, Protocol):
@@ -96,7 +132,7 @@ class ProfilingEngine(Engine, Protocol):
 
 
 class _EngineModule(Protocol):
-    def open_path(self, path: Path, *, variant: str, threads: int) -> Engine: ...
+    def open_path(self, path: Path, *, variant: str, threads: int, shapes: Shapes) -> Engine: ...
 
 
 def available_cpus() -> int:
@@ -116,11 +152,12 @@ def engine_names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
 
 
-def open_engine(path: Path, *, engine: str = "auto", threads: int = 0) -> Engine:
+def open_engine(path: Path, *, engine: str = "auto", threads: int = 0, shapes: Shapes = ANY_SHAPE) -> Engine:
     """Load an artifact folder, a bare ``.onnx`` file, or a Hugging Face folder (or the run that holds one).
 
     *engine*: ``auto`` takes ONNX Runtime (on a GPU where it can) for what holds ONNX, and PyTorch otherwise.
     *threads*: CPU threads of one inference; 0 takes every CPU that the process may use.
+    *shapes*: what it will be given; TensorRT tunes its plan for that.
 
     Raises EngineError for an unknown or missing runtime, ArtifactError and ModelError for a damaged folder.
     """
@@ -135,7 +172,7 @@ def open_engine(path: Path, *, engine: str = "auto", threads: int = 0) -> Engine
     if name not in engine_names():
         raise EngineError(f"{engine} is not an engine; choose one of auto, {', '.join(engine_names())}.")
     module = cast("_EngineModule", importlib.import_module(f"{__name__}.{name}"))
-    return module.open_path(path, variant=variant, threads=threads or available_cpus())
+    return module.open_path(path, variant=variant, threads=threads or available_cpus(), shapes=shapes)
 
 
 def check_feeds(inputs: Mapping[str, TensorSpec], feeds: Mapping[str, Array], *, max_length: int | None) -> None:

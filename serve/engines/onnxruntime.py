@@ -17,7 +17,7 @@ import numpy as np
 
 from pst.errors import ArtifactError, EngineError
 from serve.describe import max_positions
-from serve.engines import Array, Profiler, TensorSpec, check_feeds
+from serve.engines import ANY_SHAPE, Array, Profiler, Shapes, TensorSpec, check_feeds
 
 DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")
 CUDA = "CUDAExecutionProvider"
@@ -191,6 +191,6 @@ def _specs(arguments: Any) -> dict[str, TensorSpec]:
     return specs
 
 
-def open_path(path: Path, *, variant: str, threads: int) -> OnnxRuntimeEngine:
-    """Open an artifact folder or an ``.onnx`` file; serve.engines.open_engine calls this."""
+def open_path(path: Path, *, variant: str, threads: int, shapes: Shapes = ANY_SHAPE) -> OnnxRuntimeEngine:
+    """Open an artifact folder or an ``.onnx`` file; serve.engines.open_engine calls this. Any shape will do."""
     return OnnxRuntimeEngine(path, variant=variant, threads=threads)

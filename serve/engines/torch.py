@@ -16,7 +16,7 @@ import numpy as np
 from pst.errors import EngineError, ModelError
 from pst.files import resolve_model
 from serve.describe import max_positions
-from serve.engines import Array, TensorSpec, check_feeds
+from serve.engines import ANY_SHAPE, Array, Shapes, TensorSpec, check_feeds
 
 MISSING = 'PyTorch and transformers are needed for this; install them with: pip install "sparse-pst[train,cpu]".'
 AXES: tuple[str, ...] = ("batch_size", "sequence_length")
@@ -114,6 +114,6 @@ def _load_model(torch: Any, transformers: Any, folder: Path) -> Any:
     return model
 
 
-def open_path(path: Path, *, variant: str, threads: int) -> TorchEngine:
-    """Open a run or model folder; serve.engines.open_engine calls this."""
+def open_path(path: Path, *, variant: str, threads: int, shapes: Shapes = ANY_SHAPE) -> TorchEngine:
+    """Open a run or model folder; serve.engines.open_engine calls this. Any shape will do."""
     return TorchEngine(path, variant=variant, threads=threads)
