@@ -1,4 +1,4 @@
-"""What stands for a GPU and for TensorRT versions that cannot be installed here: memory, a stream and plans that behave.
+"""What stands for a GPU and for TensorRT versions that need one: memory, a stream and plans that behave.
 
 Device memory is memory that the engine must not read; what is queued on the stream runs when it is waited for; what is
 queued while a graph is captured runs when the graph is launched, with the addresses of then. A plan computes with ONNX
@@ -169,7 +169,8 @@ class TensorRT(ModuleType):
         build: dict[str, Any] = {"flags": [], "profiles": [], "old": self.old}
         cache = SimpleNamespace(serialize=lambda: b"timings")
         config = SimpleNamespace(
-            set_flag=build["flags"].append, add_optimization_profile=lambda profile: build["profiles"].append(profile.shapes) or 0,
+            set_flag=build["flags"].append,
+            add_optimization_profile=lambda profile: build["profiles"].append(profile.shapes) or 0,
             create_timing_cache=lambda content: build.update(timings=content.decode()) or cache,
             set_timing_cache=lambda cache, ignore: True,
         )  # fmt: skip
