@@ -82,9 +82,9 @@ class Receipt:
     def limit(self) -> float | None:
         """Total over what is left without these layers: no sparse kernel could make the model faster than that.
 
-        None where some of them are fused with others, so that their time is not known.
+        None where some of them are fused with others, or none can be found, so that their time is not known.
         """
-        if any(layer.fused for layer in self.layers):
+        if any(layer.fused for layer in self.layers) or all(layer.time_ms is None for layer in self.layers):
             return None
         rest = self.total_ms - self.layers_ms
         return self.total_ms / rest if rest > 0 else float("inf")

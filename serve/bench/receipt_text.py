@@ -46,6 +46,8 @@ def _share(receipt: Receipt) -> str:
         fused = {(layer.fused, layer.fused_ms) for layer in receipt.layers if layer.fused_ms is not None}
         count = sum(1 for layer in receipt.layers if layer.fused)
         time = sum(each for _, each in fused)
+        if not count:
+            return f"None of these layers can be found in what ran, which took {receipt.total_ms:.2f} ms."
         return (
             f"{count} of these layers are fused with others; what they are fused into takes {time:.2f} of "
             f"{receipt.total_ms:.2f} ms."

@@ -34,12 +34,9 @@ class Node:
 def read_nodes(file: Path) -> tuple[Node, ...]:
     """The nodes in the file's order, which is topological. Raises ArtifactError for what is no ONNX file."""
     try:
-        with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            data = memoryview(content)
-            try:
-                return tuple(_node(node) for graph in _fields(data, _GRAPH) for node in _fields(graph, _NODE))
-            finally:
-                data.release()
+        with file.open("rb") as stream:
+            data = memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))  # unmapped with its last user
+        return tuple(_node(node) for graph in _fields(data, _GRAPH) for node in _fields(graph, _NODE))
     except (IndexError, UnicodeDecodeError, ValueError) as error:
         raise ArtifactError(f"{file} is not a whole ONNX model; export it again.") from error
 

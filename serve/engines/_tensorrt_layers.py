@@ -4,6 +4,7 @@ A layer is called after the ONNX nodes that it came from, and what was fused is 
 
     /encoder/layer.0/attention/self/query/MatMul                           one node
     /encoder/layer.0/output/dense/Conv + /encoder/layer.0/output/Add       several
+    node_query || node_key || node_value                                    several of one input, computed side by side
     {ForeignNode[/embeddings/Gather.../classifier/Gemm]}                    all that lies between the two: a region that
                                                                             the compiler Myelin made one layer of
     __myl_MulAddCast_myl0_3                                                 a kernel of such a region, in newer versions
@@ -20,12 +21,17 @@ _PROFILE = re.compile(r"\s*\[profile \d+\]$")
 _REGION = re.compile(r"\{ForeignNode\[(.*?)\.\.\.(.*?)\]\}", re.S)
 _METADATA = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
 _KERNEL = re.compile(r"_myl\d+_\d+$")
+_JOINED = re.compile(r" \+ | \|\| ")
 _MOVED = re.compile(r"^(Reformatting CopyNode|Reformatted)")
 
 
 def plain_name(layer: str) -> str:
     """Without the profile."""
     return _PROFILE.sub("", layer)
+
+
+def _parts(name: str) -> list[str]:
+    return [part.strip() for part in _JOINED.split(name)]
 
 
 class LayerMap:
@@ -71,7 +77,7 @@ class LayerMap:
         if _MOVED.match(layer):
             return []
         names = _METADATA.findall(metadata)
-        names += [part.strip() for part in _REGION.sub("", plain_name(layer)).split(" + ")]
+        names += _parts(_REGION.sub("", plain_name(layer)))
         found = []
         for name in names:
             place = self._places.get(name, self._places.get(_KERNEL.sub("", name)))
@@ -85,14 +91,13 @@ class LayerMap:
             return []
         found = []
         for first, last in _REGION.findall(layer):
-            starts = [place for name in first.split(" + ") if (place := self._end(name)) is not None]
-            ends = [place for name in last.split(" + ") if (place := self._end(name)) is not None]
+            starts = [place for name in _parts(first) if (place := self._end(name)) is not None]
+            ends = [place for name in _parts(last) if (place := self._end(name)) is not None]
             found.append((min(starts, default=0), max(ends, default=self._last)))
         return found
 
     def _end(self, name: str) -> int | None:
         """Of a node, of the node that a tensor comes from, or of the first that reads a weight."""
-        name = name.strip()
         for table in (self._places, self._outputs, self._readers):
             if name in table:
                 return table[name]

@@ -80,21 +80,13 @@ class TensorRTProfiler:
 
     def explain(self, weight: WeightInfo, *, pattern: str, place: LayerTime | None) -> Verdict:
         """See Profiler."""
-        kernel = "" if place is None else place.kernel
-        alone = place is not None and len(place.weights) == 1
-        chosen = alone and is_sparse_kernel(kernel)
-        if not is_sparse_kernel(kernel):  # the log's word is for some profile, the plan's for this one
-            chosen = weight.initializer in self._chosen and not (alone and kernel)
         told = bool(self._record.get("sparsity"))
-        eligible = True if chosen else weight.initializer in self._eligible if told else None
-        why, advice = _reasons(
-            weight, pattern=pattern, eligible=eligible, chosen=chosen, kernel=kernel,
-            precision=self._manifest.precision, version=f"{_TITLES[self._trt.__name__]} {self._trt.__version__}",
+        return judge(
+            weight, pattern=pattern, place=place, eligible=weight.initializer in self._eligible if told else None,
+            chosen=weight.initializer in self._chosen, precision=self._manifest.precision,
+            version=f"{_TITLES[self._trt.__name__]} {self._trt.__version__}",
             asked="sparse_weights" in self._record["flags"],
         )  # fmt: skip
-        if place is not None and not alone:
-            why += f"; fused with {len(place.weights) - 1} others, so that its time cannot be told apart"
-        return Verdict(eligible=eligible, chosen=chosen, why=why, advice=advice)
 
     def _layers(self) -> dict[str, dict[str, Any]]:
         """What the plan tells of its layers, by name; of a plan without details, nothing but their names."""
@@ -123,14 +115,34 @@ def is_sparse_kernel(name: str) -> bool:
     return any(word in name.lower() for word in ("sparse", "spgemm", "spmma"))
 
 
+def judge(
+    weight: WeightInfo, *, pattern: str, place: LayerTime | None, eligible: bool | None, chosen: bool, precision: str,
+    version: str, asked: bool,
+) -> Verdict:  # fmt: skip
+    """What became of a weight's zeros.
+
+    eligible and chosen: what the builder's log says, for some profile of the plan; the kernel of *place*, where it has
+    a name, is that of the profile that ran, and goes before. asked: whether the plan was built for sparse kernels.
+    """
+    kernel = "" if place is None else place.kernel
+    ran = is_sparse_kernel(kernel) or (chosen and not kernel)
+    why, advice = _reasons(
+        weight, pattern=pattern, eligible=eligible, kernel=kernel, ran=ran, precision=precision, version=version,
+        asked=asked,
+    )  # fmt: skip
+    if place is not None and len(place.weights) > 1:
+        why += f"; fused with {len(place.weights) - 1} others, so that its time cannot be told apart"
+    return Verdict(eligible=True if ran else eligible, chosen=ran, why=why, advice=advice)
+
+
 def _reasons(
-    weight: WeightInfo, *, pattern: str, eligible: bool | None, chosen: bool, kernel: str, precision: str, version: str,
+    weight: WeightInfo, *, pattern: str, eligible: bool | None, kernel: str, ran: bool, precision: str, version: str,
     asked: bool,
 ) -> tuple[str, str]:  # fmt: skip
     """Why no sparse kernel ran, the first cause first, and what to change."""
     rows, columns = weight.shape[0], weight.shape[1] if len(weight.shape) > 1 else 1
     size, form = f"{rows} x {columns}", weight.form or "the operator"
-    if chosen:
+    if ran:
         return f"a sparse kernel ran{f': {kernel}' if is_sparse_kernel(kernel) else ''}", ""
     if pattern not in PATTERNS:
         return (
