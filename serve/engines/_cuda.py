@@ -5,7 +5,8 @@ Importing this module touches no GPU; Cuda() does.
 
 import ctypes
 import importlib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from serve.engines import Array
 
 MISSING = "cuda-bindings is not installed; install it with: pip install cuda-bindings (of your driver's CUDA version)."
 NO_DEVICE = "No NVIDIA GPU can be used here ({reason}); check the driver with nvidia-smi, or choose another --engine."
+ALIGNMENT = 256
+"""Bytes: what TensorRT wants of an address."""
 _TO_DEVICE, _TO_HOST, _NON_BLOCKING, _THREAD_LOCAL = 1, 2, 1, 1
 
 
@@ -126,37 +129,49 @@ def _words(error: Any) -> str:
 
 
 class Buffer:
-    """One tensor's place on the GPU, and its twin in pinned host memory; both grow and are kept.
+    """Memory on the GPU and its twin in pinned host memory, for several arrays side by side; both grow and are kept.
 
-    ``device`` is an address that changes when reserve says so.
+    One copy then serves all of them.
     """
 
     def __init__(self, cuda: Cuda) -> None:
         self._cuda = cuda
-        self.device = self.host = self.size = 0
+        self._device = self._host = self._size = self._used = 0
         self._bytes: Array = np.empty(0, np.uint8)
 
-    def reserve(self, size: int) -> bool:
-        """Make room for *size* bytes; whether that moved it."""
-        if size <= self.size:
-            return False
-        self.close()
-        size = -(-size // 256) * 256
-        self.device = self._cuda.allocate(size)
-        self.host = self._cuda.allocate_host(size)
-        self.size = size
-        self._bytes = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(self.host))
-        return True
+    def place(self, arrays: Sequence[tuple[tuple[int, ...], str]]) -> tuple[list[int], list[Array]]:
+        """Make room for arrays of these shapes and types: their addresses on the GPU, and their views on the host.
 
-    def view(self, shape: tuple[int, ...], dtype: str) -> Array:
-        """The host memory as an array; valid until the buffer moves."""
-        size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-        return self._bytes[:size].view(dtype).reshape(shape)
+        Both are valid until the next call.
+        """
+        offsets, sizes, end = [], [], 0
+        for shape, dtype in arrays:
+            offsets.append(end)
+            sizes.append(math.prod(shape) * np.dtype(dtype).itemsize)
+            end += max(1, -(-sizes[-1] // ALIGNMENT)) * ALIGNMENT  # an empty array has an address as well
+        if end > self._size:
+            self.close()
+            self._device, self._host, self._size = self._cuda.allocate(end), self._cuda.allocate_host(end), end
+            self._bytes = np.ctypeslib.as_array((ctypes.c_uint8 * end).from_address(self._host))
+        self._used = end
+        views = [
+            self._bytes[offset : offset + size].view(dtype).reshape(shape)
+            for offset, size, (shape, dtype) in zip(offsets, sizes, arrays, strict=True)
+        ]
+        return [self._device + offset for offset in offsets], views
+
+    def to_device(self) -> None:
+        """Queue a copy of all arrays."""
+        self._cuda.to_device(self._device, self._host, self._used)
+
+    def to_host(self) -> None:
+        """Queue a copy of all arrays."""
+        self._cuda.to_host(self._host, self._device, self._used)
 
     def close(self) -> None:
         """Free both."""
-        if self.host:
-            self._cuda.free_host(self.host)
-        if self.device:
-            self._cuda.free(self.device)
-        self.device = self.host = self.size = 0
+        if self._host:
+            self._cuda.free_host(self._host)
+        if self._device:
+            self._cuda.free(self._device)
+        self._device = self._host = self._size = self._used = 0

@@ -39,8 +39,9 @@ class Lane:
     ) -> None:  # fmt: skip
         self._cuda, self._context, self._failure = cuda, context, failure
         self._inputs, self._outputs = inputs, outputs
-        self._buffers = {port.name: Buffer(cuda) for port in (*inputs, *outputs)}
-        self._views: dict[str, Array] = {}
+        self._before, self._after = Buffer(cuda), Buffer(cuda)
+        self._given: list[Array] = []
+        self._made: list[Array] = []
         self._key: tuple[tuple[int, ...], ...] = ()
         self._graph: Any = None
         self._count, self._graphs = 0, graphs
@@ -62,13 +63,12 @@ class Lane:
         """Whether the next inference of this shape launches a graph."""
         return self._graph is not None
 
-    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """New arrays by name. The feeds fit the profile."""
-        key = tuple(feeds[port.name].shape for port in self._inputs)
+    def run(self, key: tuple[tuple[int, ...], ...], feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """New arrays by name. The feeds fit the profile; *key* is their shapes, in the order of the inputs."""
         if key != self._key:
             self._reshape(key)
-        for port in self._inputs:
-            np.copyto(self._views[port.name], feeds[port.name], casting="same_kind")
+        for port, view in zip(self._inputs, self._given, strict=True):
+            np.copyto(view, feeds[port.name], casting="same_kind")
         if self._graphs and self._graph is None and self._count >= REPEATS:
             self._graph = self._cuda.capture(self._queue)
             self._graphs = self._graph is not None  # it is not tried again
@@ -78,15 +78,15 @@ class Lane:
             self._queue()
             self._count += 1
         self._cuda.synchronize()
-        return {port.name: self._views[port.name].astype(port.outside) for port in self._outputs}
+        return {port.name: view.astype(port.outside) for port, view in zip(self._outputs, self._made, strict=True)}
 
     def close(self) -> None:
         """Free everything but the engine's own memory."""
         self._forget_graph()
         self._context = None
-        self._views = {}
-        for buffer in self._buffers.values():
-            buffer.close()
+        self._given, self._made = [], []
+        self._before.close()
+        self._after.close()
 
     def _reshape(self, key: tuple[tuple[int, ...], ...]) -> None:
         self._key, self._count = (), 0  # until all of this has succeeded
@@ -94,34 +94,26 @@ class Lane:
         for port, shape in zip(self._inputs, key, strict=True):
             if not self._context.set_input_shape(port.name, shape):
                 raise self._failure(f"does not take the shape {shape} for {port.name}")
-            self._place(port, shape)
-        for port in self._outputs:
-            shape = tuple(self._context.get_tensor_shape(port.name))
-            if min(shape, default=1) < 0:
-                raise self._failure(f"does not tell the shape of {port.name} before it has run")
-            self._place(port, shape)
+        shapes = [tuple(self._context.get_tensor_shape(port.name)) for port in self._outputs]
+        if any(length < 0 for shape in shapes for length in shape):
+            raise self._failure("does not tell the shapes of its outputs before it has run")
+        self._given = self._place(self._before, self._inputs, key)
+        self._made = self._place(self._after, self._outputs, shapes)
         self._key = key
 
-    def _place(self, port: Port, shape: tuple[int, ...]) -> None:
-        buffer = self._buffers[port.name]
-        size = int(np.prod(shape, dtype=np.int64)) * np.dtype(port.dtype).itemsize
-        buffer.reserve(max(size, 1))  # an empty cache has an address as well
-        self._views[port.name] = buffer.view(shape, port.dtype)
-        if not self._context.set_tensor_address(port.name, buffer.device):
-            raise self._failure(f"does not take an address for {port.name}")
+    def _place(self, buffer: Buffer, ports: Sequence[Port], shapes: Sequence[tuple[int, ...]]) -> list[Array]:
+        addresses, views = buffer.place([(shape, port.dtype) for port, shape in zip(ports, shapes, strict=True)])
+        for port, address in zip(ports, addresses, strict=True):
+            if not self._context.set_tensor_address(port.name, address):
+                raise self._failure(f"does not take an address for {port.name}")
+        return views
 
     def _queue(self) -> None:
-        """Copies in, the model, copies out."""
-        for port in self._inputs:
-            buffer, view = self._buffers[port.name], self._views[port.name]
-            if view.nbytes:
-                self._cuda.to_device(buffer.device, buffer.host, view.nbytes)
+        """Copy all inputs in, run the model, copy all outputs out."""
+        self._before.to_device()
         if not self._context.execute_async_v3(self._cuda.stream):
             raise self._failure("fails to run the model")
-        for port in self._outputs:
-            buffer, view = self._buffers[port.name], self._views[port.name]
-            if view.nbytes:
-                self._cuda.to_host(buffer.host, buffer.device, view.nbytes)
+        self._after.to_host()
 
     def _forget_graph(self) -> None:
         if self._graph is not None:

@@ -49,7 +49,7 @@ class TensorRTEngine:
         self._trt = versions.find_runtime(PACKAGES[variant])
         load_bindings()  # before minutes of building
         self._cuda: Cuda | None = Cuda()
-        self.name = "tensorrt-rtx" if variant else "tensorrt"
+        self.name = f"{self._trt.__name__.replace('_', '-')}-{self._trt.__version__}"
         self.threads = threads
         self.artifact, self.shapes, self.variant = path, shapes, variant
         self._timer = timer
@@ -71,29 +71,36 @@ class TensorRTEngine:
         self.max_length = max_positions(path)
         self._bounds = [bounds_of(self.manifest.inputs, profile) for profile in self.plan.profiles]
         self._order = sorted(range(len(self._bounds)), key=lambda index: width(self._bounds[index]))
-        self._last: tuple[tuple[tuple[int, ...], ...], int] = ((), 0)
+        self._lane: Lane | None = None  # of the last inference, for which alone the next two hold
+        self._key: tuple[tuple[int, ...], ...] = ()
+        self._kinds: list[tuple[tuple[int, ...], Any]] = []
 
     def infer(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Outputs by name; raises EngineError for feeds that do not fit, or when the runtime fails."""
         if self._cuda is None:
             raise EngineError("The engine is closed; open it again.")
-        check_feeds(self.inputs, feeds, max_length=self.max_length)
-        return self.lane(feeds).run(feeds)
+        try:
+            kinds = [(feeds[name].shape, feeds[name].dtype) for name in self.inputs]
+        except (KeyError, AttributeError):
+            kinds = []
+        if kinds != self._kinds or len(feeds) != len(kinds):  # else they were found right the last time
+            self._kinds = []
+            check_feeds(self.inputs, feeds, max_length=self.max_length)
+            self._lane, self._key = self.lane(feeds), tuple(shape for shape, _ in kinds)
+            self._kinds = kinds
+        assert self._lane is not None
+        return self._lane.run(self._key, feeds)
 
     def lane(self, feeds: Mapping[str, Array]) -> Lane:
         """What runs *feeds*, made on first use. Raises EngineError where no profile of the plan takes them."""
-        shapes = tuple(feeds[port.name].shape for port in self._inputs)
-        if shapes != self._last[0]:
-            index = next((index for index in self._order if fits(self._bounds[index], feeds)), None)
-            if index is None:
-                first = next(iter(self.inputs))
-                raise EngineError(
-                    f"The plan takes the shapes {' and '.join(map(str, self.plan.profiles))} (batch x tokens), but "
-                    f"{first} is {' x '.join(map(str, feeds[first].shape))}; give smaller batches, or build a plan for "
-                    "it: pst export --format tensorrt --profile."
-                )
-            self._last = (shapes, index)
-        index = self._last[1]
+        index = next((index for index in self._order if fits(self._bounds[index], feeds)), None)
+        if index is None:
+            first = next(iter(self.inputs))
+            raise EngineError(
+                f"The plan takes the shapes {' and '.join(map(str, self.plan.profiles))} (batch x tokens), but "
+                f"{first} is {' x '.join(map(str, feeds[first].shape))}; give smaller batches, or build a plan for "
+                "it: pst export --format tensorrt --profile."
+            )
         if index not in self._lanes:
             self._lanes[index] = self._new_lane(index)
         return self._lanes[index]
@@ -116,6 +123,7 @@ class TensorRTEngine:
         for lane in self._lanes.values():
             lane.close()
         self._lanes.clear()
+        self._lane = None
         self._model = self._runtime = None
         if self._workspace:
             cuda.free(self._workspace)

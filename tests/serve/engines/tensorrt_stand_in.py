@@ -47,6 +47,12 @@ class CudaRuntime(ModuleType):
         for kind in ("cudaMemcpyKind", "cudaStreamCaptureMode"):
             setattr(self, kind, int)
 
+    def holds(self, address: int) -> bool:
+        """Whether an aligned address lies in memory that was allocated and not freed."""
+        return any(
+            0 <= address - start < len(block) and not (address - start) % 256 for start, block in self.memory.items()
+        )
+
     def queue(self, work: Callable[[], None]) -> None:
         (self.stream if self.captured is None else self.captured).append(work)
 
@@ -85,7 +91,7 @@ class CudaRuntime(ModuleType):
         self.calls.append("copy")
 
         def work() -> None:
-            assert target in self.memory, "copied to memory that was freed"
+            assert self.holds(target), "copied to memory that was freed"
             ctypes.memmove(target, source, size)
 
         self.queue(work)
@@ -276,12 +282,12 @@ class Context:
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         self.addresses[name] = address
-        return address in self.plan.trt.cuda.memory
+        return self.plan.trt.cuda.holds(address)
 
     def execute_async_v3(self, stream: int) -> bool:
         cuda, plan = self.plan.trt.cuda, self.plan
         cuda.calls.append("execute")
-        if self.device_memory not in cuda.memory or set(self.addresses) != {*plan.inputs, *plan.outputs}:
+        if not cuda.holds(self.device_memory) or set(self.addresses) != {*plan.inputs, *plan.outputs}:
             return False
         shapes, addresses = dict(self.shapes), dict(self.addresses)
 
@@ -290,7 +296,7 @@ class Context:
             wide = {name: array.astype("int64") if array.dtype == "int32" else array for name, array in feeds.items()}
             for name, value in zip(plan.outputs, plan.session.run(None, wide), strict=True):
                 content = np.ascontiguousarray(value).tobytes()
-                assert addresses[name] in cuda.memory
+                assert cuda.holds(addresses[name])
                 ctypes.memmove(addresses[name], content, len(content))
             if self.profiler is not None:
                 self.profiler.report_layer_time("all of it", 1.5)
