@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from export.manifest import Manifest
 from pst.errors import ArtifactError, EngineError
 from pst.files import read_json
 from serve.engines import Array, Shapes, open_engine
@@ -159,6 +160,63 @@ def test_what_is_missing_is_said(trt: TensorRT, mine: Path, tiny_bert: Path, mon
     with pytest.raises(EngineError, match="tensorrt is not installed, so that no plan can be built; install it: pip"):
         opened(mine, Shapes())
     assert trt.builds == []
+
+
+def layer(name: str, kind: str = "CaskConvolution", tactic: str = "") -> dict[str, str]:
+    return {"Name": name, "LayerType": kind, "TacticName": tactic}
+
+
+def test_bench_with_a_receipt(
+    trt: TensorRT, mine: Path, sparse_model: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model of convolutions, two of them side by side, and all that is around them."""
+    from export.pipeline import export
+    from serve.bench.runner import bench
+    from serve.engines._onnx_nodes import computing_nodes, read_nodes
+
+    export(sparse_model("2:4"), tmp_path / "conv", linear_form="conv", precision="fp16")
+    nodes = read_nodes(tmp_path / "conv" / "model.onnx")
+    weights = [weight.initializer for weight in Manifest.load(tmp_path / "conv").weights]
+    names = [nodes[places[0]].name for places in computing_nodes(nodes, weights).values()]
+    pair, *alone = [f"{names[0]} || {names[1]}", *names[2:]]
+    region = f"{{ForeignNode[{nodes[0].name}...{nodes[-1].name}]}}"
+    sparse, dense = "sm80_xmma_sparse_conv_f16f16_f16f16", "sm80_xmma_fprop_implicit_gemm_f16f16"
+    tactics = [
+        layer(pair, tactic=dense),
+        layer(alone[0], tactic=sparse),
+        *(layer(name, tactic=dense) for name in alone[1:]),
+    ]
+    trt.layers = [
+        *tactics,
+        layer(region, "Myelin"),
+        layer(f"Reformatting CopyNode for Input Tensor 0 to {pair}", "Reformat"),
+    ]
+    trt.says = [
+        f"(Sparsity) Layers eligible for sparse math: {pair}, {alone[0]}, {alone[1]}",
+        f"(Sparsity) TRT inference plan picked sparse implementation for layers: {alone[0]}",
+    ]
+    report = bench(
+        [mine, tmp_path / "conv"], shapes=[(1, 8), (2, 8)], output=tmp_path / "report", threads=1, warmup=1, runs=3,
+        engine="tensorrt",
+    )  # fmt: skip
+    assert {subject.engine for subject in report.subjects} == {f"tensorrt-{trt.__version__}"}
+    dense_receipt, receipt = report.receipts[:2]
+    assert {each.sparse_kernel for each in dense_receipt.layers} == {False}
+    assert {each.why for each in dense_receipt.layers} == {"there are no zeros to speak of"}
+    assert receipt.total_ms == len(trt.layers)
+    told = [(each.eligible, each.sparse_kernel, each.fused, each.time_ms, each.fused_ms) for each in receipt.layers]
+    assert told == [
+        (True, False, 1, None, 1.0), (True, False, 1, None, 1.0), (True, True, 0, 1.0, None),
+        (True, False, 0, 1.0, None), *[(False, False, 0, 1.0, None)] * (len(weights) - 4),
+    ]  # fmt: skip
+    assert [each.kernel for each in receipt.layers[1:3]] == [dense, sparse]
+    assert receipt.limit is None
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "2 of these layers are fused with others; what they are fused into takes 1.00 of" in text
+    assert "chosen 1 of 2" in text
+    assert "measured a dense kernel to be faster at this shape" in text
+    assert "No receipt" not in capsys.readouterr().err
+    assert trt.cuda.memory == {}
 
 
 def test_a_decoder_runs_with_its_cache(
