@@ -16,6 +16,10 @@ from serve.engines import Array
 
 MISSING = "cuda-bindings is not installed; install it with: pip install cuda-bindings (of your driver's CUDA version)."
 NO_DEVICE = "No NVIDIA GPU can be used here ({reason}); check the driver with nvidia-smi, or choose another --engine."
+TOO_OLD = (
+    "The NVIDIA driver is missing, or older than cuda-bindings wants; check it with nvidia-smi, and install the "
+    "cuda-bindings of the CUDA version that this shows: pip install 'cuda-bindings==12.*', or 13."
+)
 ALIGNMENT = 256
 """Bytes: what TensorRT wants of an address."""
 _TO_DEVICE, _TO_HOST, _NON_BLOCKING, _THREAD_LOCAL = 1, 2, 1, 1
@@ -38,6 +42,8 @@ class Cuda:
         """Raise EngineError where cuda-bindings is missing, or there is no GPU that it can use."""
         self._runtime = runtime = load_bindings()
         error, count = runtime.cudaGetDeviceCount()
+        if _words(error) == "cudaErrorInsufficientDriver":
+            raise EngineError(TOO_OLD)
         if int(error) or not count:
             raise EngineError(NO_DEVICE.format(reason=_words(error) if int(error) else "CUDA finds none"))
         self._copy, self._kind = runtime.cudaMemcpyAsync, runtime.cudaMemcpyKind
@@ -68,6 +74,27 @@ class Cuda:
     def to_host(self, host: int, device: int, size: int) -> None:
         """Queue a copy of *size* bytes."""
         self._check(self._copy(host, device, size, self._kind(_TO_HOST), self._stream), "cudaMemcpyAsync")
+
+    def rows_to_host(self, host: int, device: int, *, size: int, pitch: int, rows: int) -> None:
+        """Queue a copy of *rows* pieces of *size* bytes, which lie *pitch* bytes apart on the GPU and together here."""
+        self._check(
+            self._runtime.cudaMemcpy2DAsync(host, size, device, pitch, size, rows, self._kind(_TO_HOST), self._stream),
+            "cudaMemcpy2DAsync",
+        )
+
+    def write(self, device: int, array: Array) -> None:
+        """Copy a contiguous array to the GPU, now."""
+        if array.nbytes:
+            self.to_device(device, array.ctypes.data, array.nbytes)
+            self.synchronize()
+
+    def read(self, device: int, shape: tuple[int, ...], dtype: str) -> Array:
+        """A new array of what lies on the GPU."""
+        array: Array = np.empty(shape, dtype)
+        if array.nbytes:
+            self.to_host(array.ctypes.data, device, array.nbytes)
+            self.synchronize()
+        return array
 
     def synchronize(self) -> None:
         """Wait for everything that was queued."""
@@ -163,6 +190,11 @@ class Buffer:
     def to_device(self) -> None:
         """Queue a copy of all arrays."""
         self._cuda.to_device(self._device, self._host, self._used)
+
+    @property
+    def host(self) -> int:
+        """The host's address of the first array."""
+        return self._host
 
     def to_host(self) -> None:
         """Queue a copy of all arrays."""

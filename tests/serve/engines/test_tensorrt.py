@@ -11,10 +11,11 @@ import pytest
 from export.manifest import Manifest
 from pst.errors import ArtifactError, EngineError
 from pst.files import read_json
+from serve.decoding import cache_inputs, empty_cache
 from serve.engines import Array, Shapes, open_engine
 from serve.engines._tensorrt_lane import REPEATS
 from serve.engines.tensorrt import TensorRTEngine
-from tests.serve.engines.tensorrt_stand_in import TensorRT, stand_in
+from tests.serve.engines.tensorrt_stand_in import Code, TensorRT, stand_in
 
 FIXED = Shapes(fixed=((2, 8), (1, 8)))
 
@@ -23,6 +24,10 @@ def feeds_of(batch: int, length: int, *, seed: int = 0) -> dict[str, Array]:
     random = np.random.default_rng(seed)
     ids: Array = random.integers(5, 30, (batch, length), dtype=np.int64)
     return {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+
+
+def shapes_of(batch: int, length: int) -> dict[str, tuple[int, ...]]:
+    return {name: array.shape for name, array in feeds_of(batch, length).items()}
 
 
 @pytest.fixture(params=["8.6.1", "10.13.0"])
@@ -72,7 +77,7 @@ def test_what_a_build_is_asked_for(trt: TensorRT, mine: Path) -> None:
 
 def test_the_narrowest_profile_runs(trt: TensorRT, mine: Path) -> None:
     with opened(mine, FIXED) as engine:
-        lanes = [engine.lane(feeds_of(*shape)) for shape in [(2, 8), (1, 8), (3, 5), (2, 8)]]
+        lanes = [engine.lane(shapes_of(*shape)) for shape in [(2, 8), (1, 8), (3, 5), (2, 8)]]
         assert len({id(lane) for lane in lanes}) == 3
         assert lanes[3] is lanes[0]
         profiles = [lane.context.profile for lane in lanes]
@@ -86,18 +91,18 @@ def test_a_shape_that_repeats_becomes_a_graph(trt: TensorRT, mine: Path) -> None
             engine.infer(feeds_of(2, 8, seed=seed))
         one = ["copy", "execute", "copy"]
         assert trt.cuda.calls == one * (REPEATS + 1) + ["launch"] * 3  # the last ones are the capture itself
-        assert engine.lane(feeds_of(2, 8)).is_captured
+        assert engine.lane(shapes_of(2, 8)).is_captured
         for length in (3, 4, 3, 4, 3, 4, 3, 4):
             engine.infer(feeds_of(1, length))
-        assert not engine.lane(feeds_of(1, 4)).is_captured
-        assert engine.lane(feeds_of(2, 8)).is_captured  # the other profile's stays
+        assert not engine.lane(shapes_of(1, 4)).is_captured
+        assert engine.lane(shapes_of(2, 8)).is_captured  # the other profile's stays
 
 
 def test_where_nothing_can_be_captured_it_runs_all_the_same(trt: TensorRT, mine: Path) -> None:
     trt.cuda.can_capture = False
     with opened(mine, FIXED) as engine:
         answers = [engine.infer(feeds_of(2, 8))["logits"] for _ in range(REPEATS + 3)]
-        assert not engine.lane(feeds_of(2, 8)).is_captured
+        assert not engine.lane(shapes_of(2, 8)).is_captured
         for answer in answers[1:]:
             np.testing.assert_array_equal(answer, answers[0])
     assert "launch" not in trt.cuda.calls
@@ -219,22 +224,93 @@ def test_bench_with_a_receipt(
     assert trt.cuda.memory == {}
 
 
-def test_a_decoder_runs_with_its_cache(
-    trt: TensorRT, exported: Callable[[str], tuple[Path, Path]], tmp_path: Path
-) -> None:
-    from serve.decoding import Decoding
+@pytest.fixture
+def gpt2(exported: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> Path:
+    return shutil.copytree(exported("gpt2")[1], tmp_path / "gpt2")
 
-    path = shutil.copytree(exported("gpt2")[1], tmp_path / "gpt2")
+
+def test_a_decoder_runs_with_its_cache_on_the_host(trt: TensorRT, gpt2: Path) -> None:
     shapes = Shapes(fixed=((2, 4),), others=True, new_tokens=4)
-    with open_engine(path, engine="onnxruntime-cpu", threads=1) as oracle, opened(path, shapes) as engine:
-        ours, theirs = Decoding(engine, pad_id=0), Decoding(oracle, pad_id=0)
-        prompts = [[5, 6, 7, 8], [9, 10]]
-        scores = ours.join(prompts), theirs.join(prompts)
+    with open_engine(gpt2, engine="onnxruntime-cpu", threads=1) as oracle, opened(gpt2, shapes) as engine:
+        feeds: dict[str, Array] = {
+            "input_ids": np.array([[5, 6, 7, 8], [9, 10, 11, 12]]), "attention_mask": np.ones((2, 4), np.int64),
+            "position_ids": np.arange(4)[None].repeat(2, axis=0), **empty_cache(engine.inputs, 2),
+        }  # fmt: skip
         for _ in range(8):  # four tokens more than the plan was tuned for
-            np.testing.assert_allclose(*scores, atol=1e-6)
-            tokens = scores[1].argmax(axis=-1)
-            scores = ours.step(tokens), theirs.step(tokens)
+            ours, theirs = engine.infer(feeds), oracle.infer(feeds)
+            for name, array in theirs.items():
+                np.testing.assert_allclose(ours[name], array, atol=1e-6)
+            tokens = theirs["logits"][:, -1:].argmax(axis=-1)
+            past = {name: theirs[name.replace("past_key_values", "present")] for name in cache_inputs(engine.inputs)}
+            mask: Array = np.ones((2, feeds["attention_mask"].shape[1] + 1), np.int64)
+            place: Array = np.full((2, 1), mask.shape[1] - 1)
+            feeds = {"input_ids": tokens, "attention_mask": mask, "position_ids": place, **past}
         used = {str(engine.plan.profiles[index]) for index in engine._lanes}
         assert used == {"2x4+0..0", "2x1+4..8", "1x1,8x64,32x64"}
     assert trt.cuda.graphs == 0
     assert trt.cuda.memory == {}
+
+
+def next_feeds(tokens: Array, past: int) -> dict[str, Array]:
+    rows, count = tokens.shape
+    return {
+        "input_ids": tokens, "attention_mask": np.ones((rows, past + count), np.int64),
+        "position_ids": np.arange(past, past + count)[None].repeat(rows, axis=0),
+    }  # fmt: skip
+
+
+def test_a_cache_stays_on_the_gpu(trt: TensorRT, gpt2: Path) -> None:
+    with (
+        open_engine(gpt2, engine="onnxruntime-cpu", threads=1) as oracle,
+        opened(gpt2, Shapes(fixed=((2, 4),), others=True, new_tokens=4)) as engine,
+    ):
+        prompt: Array = np.array([[5, 6, 7, 8], [9, 10, 11, 12]])
+        cache = engine.cache(empty_cache(engine.inputs, 2))
+        scores = cache.extend(next_feeds(prompt, 0))
+        expected = oracle.infer(next_feeds(prompt, 0) | empty_cache(engine.inputs, 2))
+        past = {name: expected[name.replace("past_key_values", "present")] for name in cache_inputs(engine.inputs)}
+        np.testing.assert_allclose(scores, expected["logits"][:, -1], atol=1e-6)
+        other, tokens = cache.copy(), prompt
+        blocks = []
+        for length in range(4, 16):
+            tokens = np.concatenate([tokens, scores.argmax(axis=-1)[:, None]], axis=1)
+            scores = cache.extend(next_feeds(tokens[:, -1:], length))
+            expected = oracle.infer(next_feeds(tokens, 0) | empty_cache(engine.inputs, 2))
+            np.testing.assert_allclose(scores, expected["logits"][:, -1], atol=1e-5)
+            blocks.append(len(trt.cuda.memory))
+        for name, array in cache.arrays().items():
+            np.testing.assert_allclose(array, expected[name.replace("past_key_values", "present")], atol=1e-5)
+        for name, array in other.arrays().items():
+            np.testing.assert_array_equal(array, past[name])  # the copy is where it was
+        assert len(set(blocks[-5:])) == 1  # blocks are used again
+        again = engine.cache(cache.arrays())
+        step = next_feeds(tokens[:, -1:], 16)
+        np.testing.assert_array_equal(again.extend(step), cache.extend(step))
+        with pytest.raises(EngineError, match="must agree in batch_size"):
+            cache.extend({**step, "position_ids": step["position_ids"][:1]})
+        with pytest.raises(EngineError, match="attention_mask must be 18 long, past and new tokens, but is 20"):
+            cache.extend({**step, "attention_mask": np.ones((2, 20), np.int64)})
+        feeds = next_feeds(prompt, 0) | empty_cache(engine.inputs, 2)  # the other way in between
+        np.testing.assert_allclose(engine.infer(feeds)["logits"], oracle.infer(feeds)["logits"], atol=1e-6)
+        engine.infer(feeds)
+        np.testing.assert_array_equal(
+            again.extend(next_feeds(tokens[:, -1:], 17)), cache.extend(next_feeds(tokens[:, -1:], 17))
+        )
+    with pytest.raises(EngineError, match="closed"):
+        cache.extend(next_feeds(tokens[:, -1:], 18))
+    with pytest.raises(EngineError, match="closed"):
+        cache.arrays()
+    assert trt.cuda.memory == {}
+
+
+def test_unused_blocks_make_room(trt: TensorRT, gpt2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened(gpt2, Shapes()) as engine:
+        first = engine.pool.take(1000)
+        del first
+        assert len(trt.cuda.memory) == 1
+        room = trt.cuda.cudaMalloc
+        monkeypatch.setattr(trt.cuda, "cudaMalloc", lambda size: (Code(2), 0) if trt.cuda.memory else room(size))
+        block = engine.pool.take(100_000)
+        with pytest.raises(EngineError, match=r"cudaMalloc \(cudaErrorStandIn\); if it is short of memory"):
+            engine.pool.take(100_000)
+        del block
