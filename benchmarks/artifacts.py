@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.reports import report_path
 from pst.files import write_json
-from pst.result import git_revision
+from pst.revision import git_revision
 from serve.bench.runner import bench
 from serve.bench.workload import parse_shapes
 
@@ -20,7 +20,7 @@ from serve.bench.workload import parse_shapes
 def options(description: str | None, *, shapes: str, runs: int) -> argparse.ArgumentParser:
     """A parser with the options that all of them have; *shapes* and *runs* are defaults."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder of the report")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks"), help="folder of the report (benchmarks)")
     parser.add_argument("--engine", default="onnxruntime", help="as of pst bench: onnxruntime or onnxruntime-cuda")
     parser.add_argument("--shapes", default=shapes)
     parser.add_argument("--runs", type=int, default=runs)

@@ -60,7 +60,7 @@ def export_as(
         if format == "tensorrt":
             try:
                 shapes = parse_profile(profile, max_length=manifest.max_length)
-                plan_of(output, profile=shapes, target=compute_capability)
+                plan_of(output, profiles=[shapes], target=compute_capability)
             except PSTError as error:
                 raise type(error)(f"{error} The ONNX artifact is whole, in {output}.") from error
         return manifest
@@ -70,7 +70,7 @@ def export_as(
         shapes = parse_profile(profile, max_length=manifest.max_length)
         ending = "plan" if format == "triton-tensorrt" else "onnx"
         if ending == "plan":
-            shutil.copyfile(plan_of(version, profile=shapes, target=compute_capability), version / "model.plan")
+            shutil.copyfile(plan_of(version, profiles=[shapes], target=compute_capability).path, version / "model.plan")
         write_config(folder, output.resolve().name, manifest, profile=shapes, ending=ending)
     return manifest
 

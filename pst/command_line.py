@@ -28,7 +28,9 @@ DataSets = Annotated[
 
 Threads = Annotated[int, typer.Option(min=0, help="Processor threads of one inference; 0 = all this process may use.")]
 
-EngineName = Annotated[str, typer.Option(help="Runtime: auto, onnxruntime, onnxruntime-cuda, torch or torch-cuda.")]
+EngineName = Annotated[
+    str, typer.Option(help="Runtime: auto, onnxruntime, onnxruntime-cuda, tensorrt, tensorrt-rtx, torch or torch-cuda.")
+]
 
 DataOption = Annotated[
     str | None,

@@ -34,7 +34,8 @@ from pst.patterns.structured import Structured
 from pst.plan import GLOBAL_PLAN, MIXED, read_plan
 from pst.progress import note
 from pst.quiet import quiet_transformers
-from pst.result import git_revision, sparsity_of, versions
+from pst.result import sparsity_of, versions
+from pst.revision import git_revision
 from pst.sparsify import merge_, set_sparsity_, sparsify_
 from pst.structured.calibration import compensate_unit, scale_units_
 from pst.structured.storage import from_pretrained

@@ -3,7 +3,6 @@
 import contextlib
 import importlib.metadata
 import platform
-import subprocess
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +15,7 @@ from pst.config import TrainConfig
 from pst.files import atomic_folder, write_json
 from pst.plan import read_plan
 from pst.quiet import quiet_transformers
+from pst.revision import git_revision
 from pst.sparsify import prunable_weights
 from pst.structured.report import FIELD, removed_share
 from pst.tasks import Prepared
@@ -110,13 +110,3 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
-
-
-def git_revision() -> str | None:
-    """The commit this code is checked out at, or None outside a checkout, in somebody else's repository too."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], capture_output=True, check=True)
-        return subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

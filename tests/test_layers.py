@@ -17,6 +17,7 @@ LEAVES = (
     "pst.errors",
     "pst.files",
     "pst.progress",
+    "pst.revision",
     "pst.tables",
     "pst.data",
     "pst.documents",

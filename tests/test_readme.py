@@ -98,12 +98,12 @@ def test_training_figures_are_those_of_the_committed_reports() -> None:
     assert len(found) == 10
     measured = {(f"{row['step_ms']['median']:.1f}", f"{row['peak_memory_bytes'] / 1e9:.2f}") for row in steps}
     assert set(found) <= measured
-    rows = json.loads((ROOT / "benchmarks/accuracy_h200_202611.json").read_text(encoding="utf-8"))["rows"]
+    rows = json.loads((ROOT / "benchmarks/accuracy_h100_202611.json").read_text(encoding="utf-8"))["rows"]
     means = {f"{row['mean']['value']['mean']:.1f} ± {row['mean']['value']['std']:.1f}" for row in rows}
     quoted = re.findall(r"[\d.]+ ± [\d.]+", README)
     assert len(quoted) == 10
     assert set(quoted) <= means
-    report = json.loads((ROOT / "benchmarks/gpt2_e2e_cpu_202611.json").read_text(encoding="utf-8"))
+    report = json.loads((ROOT / "benchmarks/gpt2_e2e_h100_202611.json").read_text(encoding="utf-8"))
     bleu = {row["name"]: f"{row['bleu_test']:.1f}" for row in report["results"]}
     sentence = re.search(r"test BLEU ([\d.]+) dense, ([\d.]+) at 50% and ([\d.]+) at 90%", README)
     assert sentence is not None

@@ -11,7 +11,8 @@ def environment(*, command: str, jobs: int) -> dict[str, Any]:
     """JSON values: hardware, versions, the command, the time in UTC. Imports torch."""
     import torch
 
-    from pst.result import git_revision, versions
+    from pst.result import versions
+    from pst.revision import git_revision
 
     gpus = range(torch.cuda.device_count())
     return {

@@ -149,7 +149,7 @@ def _receipts(receipts: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _receipt(receipt: Mapping[str, Any], *, unfolded: bool) -> str:
-    head = ["weight", "runs as", "pattern", "density", "shape", "ms", "baseline ms", "share", "why no sparse kernel"]
+    head = ["weight", "runs as", "pattern", "density", "shape", "sparse kernel", "ms", "baseline ms", "share", "why"]
     rows, kinds = [], []
     for layer in receipt["layers"]:
         time, before = layer["time_ms"], layer["baseline_ms"]
@@ -163,6 +163,7 @@ def _receipt(receipt: Mapping[str, Any], *, unfolded: bool) -> str:
                 (layer["pattern"], ""),
                 (f"{layer['density']:.1%}", "number"),
                 (" x ".join(map(str, layer["shape"])), ""),
+                (_chosen(layer) if has_zeros else "", ""),
                 ("unknown" if time is None else f"{time:.3f}", "number"),
                 ("" if before is None else f"{before:.3f}", "number"),
                 (f"{share:.1%}", "share"),
@@ -170,13 +171,21 @@ def _receipt(receipt: Mapping[str, Any], *, unfolded: bool) -> str:
             ]
         )
     title = f"{receipt['artifact']} at {receipt['workload']}"
-    said = (
-        f"{receipt['layers_ms']:.2f} of {receipt['total_ms']:.2f} ms are in these layers: without them the model would "
-        f"be {receipt['limit']:.1f}× as fast, and no sparse kernel can do more."
-    )
+    said = f"{receipt['layers_ms']:.2f} of {receipt['total_ms']:.2f} ms are in layers that can be told apart"
+    if receipt["limit"] is None:
+        said += "; others are fused."
+    else:
+        said += f": without them the model would be {receipt['limit']:.1f}× as fast, and no sparse kernel can do more."
     table = _table(head, rows, kinds=kinds)
     start = "<details open>" if unfolded else "<details>"
     return f'{start}<summary>{escape(title)}</summary><p class="soft">{escape(said)}</p>{table}</details>'
+
+
+def _chosen(layer: Mapping[str, Any]) -> str:
+    """Of reports of earlier versions, whether a sparse kernel ran."""
+    if layer["sparse_kernel"]:
+        return "chosen"
+    return {True: "eligible", False: "none", None: "not told"}[layer.get("eligible", False)]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[tuple[str, str]]], *, kinds: Sequence[str] = ()) -> str:

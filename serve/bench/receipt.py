@@ -6,7 +6,7 @@ a dense and of a sparse artifact stand side by side.
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,7 +14,10 @@ from export.manifest import Manifest, WeightInfo
 from pst.errors import EngineError
 from pst.progress import note, progress
 from serve.bench.workload import Workload
-from serve.engines import Engine, LayerTime, ProfilingEngine
+from serve.engines import Engine, LayerTime, ProfilingEngine, Verdict
+
+Explain = Callable[..., Verdict]
+"""Profiler.explain of an engine: every runtime says itself what became of a weight's zeros."""
 
 RUNS = 12
 """Profiled inferences of each artifact; each layer's median counts."""
@@ -22,13 +25,6 @@ SPARSE_BELOW = 0.95
 """Density from which on down a weight counts as sparse."""
 DENSE = "there are no zeros to speak of"
 REMOVED = "{now} is left of {before}: removed, not zero, so that every runtime saves it"
-UNSEEN = "the runtime's optimizer merged it into another tensor, so that its time cannot be told apart"
-MULTIPLIED = "ONNX Runtime has no sparse kernel for {operator}: it multiplies zeros like any other number"
-ADVICE = {
-    "2:4": "a GPU's 2:4 kernels (TensorRT with a 1x1 convolution, cuSPARSELt), at sizes where they pay",
-    None: "remove whole heads and neurons (--pattern structured), which is faster on every runtime",
-}
-"""What to change, by pattern; None is for every other one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +44,18 @@ class Layer:
     baseline_ms: float | None
     """The same weight's time in the baseline, where that has it."""
     sparse_kernel: bool
+    """Whether one ran."""
     why: str
-    """Why there is no sparse kernel."""
+    """Why there is no sparse kernel, or which one ran."""
     advice: str
+    eligible: bool | None = False
+    """Whether the runtime has a sparse kernel for it; None where it does not say."""
+    kernel: str = ""
+    """The GPU's, where the runtime names it."""
+    fused: int = 0
+    """Other weights that one layer of the runtime computes with together with this one."""
+    fused_ms: float | None = None
+    """The time of all of that layer."""
 
     @property
     def is_sparse(self) -> bool:
@@ -74,8 +79,13 @@ class Receipt:
         return sum(layer.time_ms or 0.0 for layer in self.layers)
 
     @property
-    def limit(self) -> float:
-        """Total over what is left without these layers: no sparse kernel could make the model faster than that."""
+    def limit(self) -> float | None:
+        """Total over what is left without these layers: no sparse kernel could make the model faster than that.
+
+        None where some of them are fused with others, or none can be found, so that their time is not known.
+        """
+        if any(layer.fused for layer in self.layers) or all(layer.time_ms is None for layer in self.layers):
+            return None
         rest = self.total_ms - self.layers_ms
         return self.total_ms / rest if rest > 0 else float("inf")
 
@@ -105,8 +115,8 @@ def receipts(
                 note(f"No receipt: {error}")
                 return tuple(found)
             before: dict[str, Layer] = {}
-            for name, times in ran.items():
-                layers = _layers(manifests[name], times, before)
+            for name, (times, explain) in ran.items():
+                layers = _layers(manifests[name], times, before, explain)
                 if name == next(iter(engines)):
                     before = {layer.weight: layer for layer in layers}
                 total = sum(each.time_ms for each in times)
@@ -117,26 +127,32 @@ def receipts(
 
 def _profile(
     engines: Mapping[str, ProfilingEngine], manifests: Mapping[str, Manifest], workload: Workload
-) -> dict[str, tuple[LayerTime, ...]]:
+) -> dict[str, tuple[tuple[LayerTime, ...], Explain]]:
     profilers = {name: engine.profiler() for name, engine in engines.items()}
     for _ in range(RUNS):
         for name, profiler in profilers.items():
             profiler.run(workload.feeds_of(0, engines[name].inputs))
     return {
-        name: profiler.finish(weights=[weight.initializer for weight in manifests[name].weights])
+        name: (
+            profiler.finish(weights=[weight.initializer for weight in manifests[name].weights]),
+            profiler.explain,
+        )
         for name, profiler in profilers.items()
     }
 
 
-def _layers(manifest: Manifest, ran: Sequence[LayerTime], baseline: Mapping[str, Layer]) -> tuple[Layer, ...]:
+def _layers(
+    manifest: Manifest, ran: Sequence[LayerTime], baseline: Mapping[str, Layer], explain: Explain
+) -> tuple[Layer, ...]:
     places: dict[str, LayerTime] = {weight: each for each in ran for weight in each.weights}
     layers = []
     for weight in manifest.weights:
         place = places.get(weight.initializer)
-        shared = place is not None and len(place.weights) > 1
+        fused = 0 if place is None else len(place.weights) - 1
         sparse = weight.density < SPARSE_BELOW
         pattern = weight.pattern or manifest.pattern if sparse else "dense"
         before = baseline.get(weight.name)
+        verdict = explain(weight, pattern=pattern, place=place) if sparse else _dense(weight, before)
         layers.append(
             Layer(
                 weight=weight.name,
@@ -144,22 +160,24 @@ def _layers(manifest: Manifest, ran: Sequence[LayerTime], baseline: Mapping[str,
                 pattern=pattern,
                 density=weight.density,
                 operator=None if place is None else place.operator,
-                time_ms=None if place is None or shared else place.time_ms,
+                time_ms=None if place is None or fused else place.time_ms,
                 baseline_ms=None if before is None else before.time_ms,
-                sparse_kernel=False,
-                why=_why(weight, place, before, sparse=sparse),
-                advice=ADVICE.get(pattern, ADVICE[None]) if sparse else "",
+                sparse_kernel=verdict.chosen,
+                why=verdict.why,
+                advice=verdict.advice,
+                eligible=verdict.eligible,
+                kernel="" if place is None else place.kernel,
+                fused=fused,
+                fused_ms=place.time_ms if place is not None and fused else None,
             )
         )
     return tuple(layers)
 
 
-def _why(weight: WeightInfo, place: LayerTime | None, before: Layer | None, *, sparse: bool) -> str:
-    if sparse:
-        return UNSEEN if place is None else MULTIPLIED.format(operator=place.operator)
-    if before is not None and math.prod(weight.shape) < math.prod(before.shape):
-        return REMOVED.format(now=size(weight.shape), before=size(before.shape))
-    return DENSE
+def _dense(weight: WeightInfo, before: Layer | None) -> Verdict:
+    removed = before is not None and math.prod(weight.shape) < math.prod(before.shape)
+    why = REMOVED.format(now=size(weight.shape), before=size(before.shape)) if before and removed else DENSE
+    return Verdict(eligible=False, chosen=False, why=why)
 
 
 def size(shape: tuple[int, ...]) -> str:
@@ -186,6 +204,19 @@ class Group:
         """The same of the baseline."""
         times = [layer.baseline_ms for layer in self.layers]
         return None if None in times else sum(time for time in times if time is not None)
+
+    @property
+    def sparse_kernel(self) -> str:
+        """Of how many layers a sparse kernel ran, or could have; empty where there is nothing to gain."""
+        sparse = [layer for layer in self.layers if layer.is_sparse]
+        chosen = sum(layer.sparse_kernel for layer in sparse)
+        if not sparse:
+            return ""
+        if chosen:
+            return f"chosen {chosen} of {len(sparse)}"
+        if any(layer.eligible for layer in sparse):
+            return "eligible, not chosen"
+        return "not told" if any(layer.eligible is None for layer in sparse) else "none"
 
     @property
     def density(self) -> float:

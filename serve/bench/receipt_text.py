@@ -7,7 +7,7 @@ from serve.bench.receipt import Receipt, groups
 
 def receipt_table(receipt: Receipt) -> tuple[list[str], list[list[str]]]:
     """The layers by kind; what all names begin with is left out."""
-    header = ["weights", "runs as", "pattern", "density", "shape", "ms", "baseline ms", "share"]
+    header = ["weights", "runs as", "pattern", "density", "shape", "sparse kernel", "ms", "baseline ms", "share"]
     found = groups(receipt)
     names = [group.name.split(".") for group in found]
     common = sum(1 for _ in itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*names, strict=False)))
@@ -21,6 +21,7 @@ def receipt_table(receipt: Receipt) -> tuple[list[str], list[list[str]]]:
                 group.distinct("pattern"),
                 f"{group.density:.1%}",
                 group.distinct("shape"),
+                group.sparse_kernel,
                 "unknown" if time is None else f"{time:.3f}",
                 "" if group.baseline_ms is None else f"{group.baseline_ms:.3f}",
                 "" if time is None else f"{time / receipt.total_ms:.1%}",
@@ -31,14 +32,28 @@ def receipt_table(receipt: Receipt) -> tuple[list[str], list[list[str]]]:
 
 def summary(receipt: Receipt) -> str:
     """How much of the time is in these layers, why zeros saved none of it, and what would."""
-    share = receipt.layers_ms / receipt.total_ms
-    sentences = [
-        f"These layers take {receipt.layers_ms:.2f} of {receipt.total_ms:.2f} ms ({share:.0%}); if they took no time, "
-        f"the model would be {receipt.limit:.1f}× as fast."
-    ]
+    sentences = [_share(receipt)]
     saving = [layer for layer in receipt.layers if not layer.sparse_kernel]
     sentences += [f"{why}." for why in dict.fromkeys(layer.why for layer in saving if layer.is_sparse)]
     sentences += [
         f"What would use these zeros: {each}." for each in dict.fromkeys(x.advice for x in saving if x.advice)
     ]
     return " ".join(sentence[0].upper() + sentence[1:] for sentence in sentences)
+
+
+def _share(receipt: Receipt) -> str:
+    if receipt.limit is None:
+        fused = {(layer.fused, layer.fused_ms) for layer in receipt.layers if layer.fused_ms is not None}
+        count = sum(1 for layer in receipt.layers if layer.fused)
+        time = sum(each for _, each in fused)
+        if not count:
+            return f"None of these layers can be found in what ran, which took {receipt.total_ms:.2f} ms."
+        return (
+            f"{count} of these layers are fused with others; what they are fused into takes {time:.2f} of "
+            f"{receipt.total_ms:.2f} ms."
+        )
+    share = receipt.layers_ms / receipt.total_ms
+    return (
+        f"These layers take {receipt.layers_ms:.2f} of {receipt.total_ms:.2f} ms ({share:.0%}); if they took no time, "
+        f"the model would be {receipt.limit:.1f}× as fast."
+    )

@@ -24,7 +24,7 @@ from serve.bench.workload import (
 )
 from serve.decoding import Decoding, cache_inputs, empty_cache, open_cache
 from serve.describe import ModelFolder, describe, vocab_size
-from serve.engines import Engine, available_cpus, open_engine
+from serve.engines import Engine, Shapes, available_cpus, open_engine
 from serve.evaluate import evaluate
 from serve.text import TextEncoder
 
@@ -69,8 +69,9 @@ def bench(
     with contextlib.ExitStack() as stack:
         engines: dict[str, Engine] = {}
         subjects: list[Subject] = []
+        planned = Shapes(fixed=tuple(shapes), others=data is not None, new_tokens=new_tokens)
         for name, path in names.items():
-            engines[name] = stack.enter_context(open_engine(path, engine=engine, threads=threads, shapes=shapes))
+            engines[name] = stack.enter_context(open_engine(path, engine=engine, threads=threads, shapes=planned))
             subjects.append(_subject(name, path, folders[name], engines[name], accuracy=accuracy.get(name)))
         new_tokens = new_tokens if _generate(engines) else 0
         check_shapes(shapes, {name: opened.max_length for name, opened in engines.items()}, new_tokens=new_tokens)

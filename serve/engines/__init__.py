@@ -10,7 +10,7 @@ an engine's name is the variant: ``onnxruntime-cuda`` opens ``onnxruntime.py`` w
 import importlib
 import os
 import pkgutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +18,7 @@ from typing import Protocol, Self, cast, runtime_checkable
 
 import numpy as np
 
+from export.manifest import WeightInfo
 from pst.errors import ArtifactError, EngineError
 
 Array = np.ndarray
@@ -34,6 +35,21 @@ class TensorSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Shapes:
+    """What an engine will be given, for those that prepare for it; none has to."""
+
+    fixed: tuple[tuple[int, int], ...] = ()
+    """Batch x tokens, again and again; of a decoder the prompt's."""
+    others: bool = True
+    """Whether other shapes will be given as well."""
+    new_tokens: int = 0
+    """Single tokens that a decoder reads after each of the fixed prompts."""
+
+
+ANY_SHAPE = Shapes()
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerTime:
     """One node of the graph that a runtime made, as it ran."""
 
@@ -43,6 +59,22 @@ class LayerTime:
     time_ms: float
     weights: tuple[str, ...]
     """Initializers of the model's file that it computes with; empty for attention's products, norms and the like."""
+    kernel: str = ""
+    """The runtime's name of what ran on a GPU, where it tells."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What became of one weight's zeros."""
+
+    eligible: bool | None
+    """Whether the runtime has a sparse kernel for it; None where it does not say."""
+    chosen: bool
+    """Whether that kernel ran."""
+    why: str
+    """Why it did not, or which one did; no full stop."""
+    advice: str = ""
+    """What to change."""
 
 
 class Engine(Protocol):
@@ -85,6 +117,10 @@ class Profiler(Protocol):
         """The median time of each node, the first inferences left out. *weights*: initializers to look for."""
         ...
 
+    def explain(self, weight: WeightInfo, *, pattern: str, place: LayerTime | None) -> Verdict:
+        """After finish: what became of the zeros of *weight*, of *pattern*. *place*: where it ran, if known."""
+        ...
+
 
 @runtime_checkable
 class ProfilingEngine(Engine, Protocol):
@@ -124,9 +160,7 @@ class CachingEngine(Engine, Protocol):
 
 
 class _EngineModule(Protocol):
-    def open_path(
-        self, path: Path, *, variant: str, threads: int, shapes: Sequence[tuple[int, int]] = ()
-    ) -> Engine: ...
+    def open_path(self, path: Path, *, variant: str, threads: int, shapes: Shapes) -> Engine: ...
 
 
 def available_cpus() -> int:
@@ -146,14 +180,13 @@ def engine_names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
 
 
-def open_engine(
-    path: Path, *, engine: str = "auto", threads: int = 0, shapes: Sequence[tuple[int, int]] = ()
-) -> Engine:
+def open_engine(path: Path, *, engine: str = "auto", threads: int = 0, shapes: Shapes = ANY_SHAPE) -> Engine:
     """Load an artifact folder, a bare ``.onnx`` file, or a Hugging Face folder (or the run that holds one).
 
     *engine*: ``auto`` takes ONNX Runtime (on a GPU where it can) for what holds ONNX, and PyTorch otherwise.
     *threads*: CPU threads of one inference; 0 takes every CPU that the process may use.
-    *shapes*: (batch, tokens) that will be asked for, where that is known; others run as well, perhaps slower.
+    *shapes*: what it will be given; TensorRT tunes its plan for that, and ONNX Runtime on CUDA
+    records what it launches.
 
     Raises EngineError for an unknown or missing runtime, ArtifactError and ModelError for a damaged folder.
     """

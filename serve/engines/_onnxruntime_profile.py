@@ -13,9 +13,17 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from export.manifest import WeightInfo
 from pst.errors import EngineError
-from serve.engines import Array, LayerTime
+from serve.engines import Array, LayerTime, Verdict
 
+MULTIPLIED = "ONNX Runtime has no sparse kernel for {operator}: it multiplies zeros like any other number"
+UNSEEN = "the runtime's optimizer merged it into another tensor, so that its time cannot be told apart"
+ADVICE = {
+    "2:4": "a GPU's 2:4 kernels (TensorRT with a 1x1 convolution, cuSPARSELt), at sizes where they pay",
+    None: "remove whole heads and neurons (--pattern structured), which is faster on every runtime",
+}
+"""What to change, by pattern; None is for every other one."""
 WARMUP = 2
 """Inferences that do not count: the first ones allocate."""
 _SUFFIX = "_kernel_time"
@@ -66,6 +74,12 @@ class OnnxRuntimeProfiler:
             )
             for node, found in times.items()
         )
+
+    @staticmethod
+    def explain(weight: WeightInfo, *, pattern: str, place: LayerTime | None) -> Verdict:
+        """See Profiler."""
+        why = UNSEEN if place is None else MULTIPLIED.format(operator=place.operator)
+        return Verdict(eligible=False, chosen=False, why=why, advice=ADVICE.get(pattern, ADVICE[None]))
 
     def _per_run(self, found: list[float]) -> float:
         """The median inference's; a node that runs several times in one, in a loop, counts with all of them."""

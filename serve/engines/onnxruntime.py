@@ -21,7 +21,7 @@ import numpy as np
 
 from pst.errors import ArtifactError, EngineError
 from serve.describe import max_positions
-from serve.engines import Array, Cache, Profiler, TensorSpec, check_feeds
+from serve.engines import ANY_SHAPE, Array, Cache, Profiler, Shapes, TensorSpec, check_feeds
 from serve.engines._onnxruntime_cache import OrtCache
 from serve.engines._onnxruntime_cuda import FusedSessions
 from serve.engines._onnxruntime_providers import CUDA, TENSORRT, Providers, providers_of, with_graphs
@@ -224,6 +224,6 @@ def _specs(arguments: Any) -> dict[str, TensorSpec]:
     return specs
 
 
-def open_path(path: Path, *, variant: str, threads: int, shapes: Sequence[tuple[int, int]] = ()) -> OnnxRuntimeEngine:
+def open_path(path: Path, *, variant: str, threads: int, shapes: Shapes = ANY_SHAPE) -> OnnxRuntimeEngine:
     """Open an artifact folder or an ``.onnx`` file; serve.engines.open_engine calls this."""
-    return OnnxRuntimeEngine(path, variant=variant, threads=threads, shapes=shapes)
+    return OnnxRuntimeEngine(path, variant=variant, threads=threads, shapes=shapes.fixed)

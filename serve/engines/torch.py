@@ -6,7 +6,7 @@ Variants: ``torch`` and ``auto`` use a GPU where there is one; ``torch-cpu`` and
 
 import importlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -16,7 +16,7 @@ import numpy as np
 from pst.errors import EngineError, ModelError
 from pst.files import resolve_model
 from serve.describe import max_positions
-from serve.engines import Array, TensorSpec, check_feeds
+from serve.engines import ANY_SHAPE, Array, Shapes, TensorSpec, check_feeds
 
 MISSING = 'PyTorch and transformers are needed for this; install them with: pip install "sparse-pst[train,cpu]".'
 AXES: tuple[str, ...] = ("batch_size", "sequence_length")
@@ -114,6 +114,6 @@ def _load_model(torch: Any, transformers: Any, folder: Path) -> Any:
     return model
 
 
-def open_path(path: Path, *, variant: str, threads: int, shapes: Sequence[tuple[int, int]] = ()) -> TorchEngine:
-    """Open a run or model folder; serve.engines.open_engine calls this."""
+def open_path(path: Path, *, variant: str, threads: int, shapes: Shapes = ANY_SHAPE) -> TorchEngine:
+    """Open a run or model folder; serve.engines.open_engine calls this. Any shape will do."""
     return TorchEngine(path, variant=variant, threads=threads)

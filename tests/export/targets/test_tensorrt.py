@@ -14,14 +14,15 @@ from export.pipeline import export
 from export.targets.tensorrt import (
     NO_GPU,
     Profile,
-    _network_flags,
-    _set_flags,
     build_plan,
     find_gpu,
     find_runtime,
+    fixed_profile,
     parse_profile,
     plan_of,
 )
+from export.targets.tensorrt.profiles import run_profiles
+from export.targets.tensorrt.versions import network_flags, set_flags, sparse_layers
 from pst.errors import ArtifactError, ConfigError, EngineError
 from pst.files import sha256
 from tests.command_line import pst
@@ -54,6 +55,45 @@ def test_profiles() -> None:
     assert PROFILE.shapes(ids) == ((1, 1), (4, 16), (8, 64))
     assert PROFILE.shapes(past) == ((1, 2, 0, 16), (4, 2, 16, 16), (8, 2, 64, 16))
     assert PROFILE.shapes(mask) == ((1, 1), (4, 32), (8, 128))
+
+
+def test_profiles_for_the_shapes_of_a_run() -> None:
+    def made(*shapes: tuple[int, int], others: bool, cached: bool = False, new_tokens: int = 0) -> list[str]:
+        found = run_profiles(shapes, others=others, max_length=64, cached=cached, new_tokens=new_tokens)
+        return [str(profile) for profile in found]
+
+    assert made((1, 8), (4, 16), others=False) == ["1x8", "4x16"]
+    assert made((1, 8), (1, 8), others=True) == ["1x8", "1x1,8x64,32x64"]
+    assert made(others=False) == ["1x1,8x64,32x64"]
+    assert made((2, 8), others=False, new_tokens=4) == ["2x8"]
+    assert made((2, 8), others=True, cached=True, new_tokens=4) == ["2x8+0..0", "2x1+8..12", "1x1,8x64,32x64"]
+    past = TensorInfo(name="past", dtype="float32", shape=("batch_size", 2, "past_sequence_length", 16))
+    mask = TensorInfo(name="m", dtype="int64", shape=("batch_size", "past_sequence_length + sequence_length"))
+    step = fixed_profile((2, 1), past=(8, 10, 12))
+    assert step.shapes(past) == ((2, 2, 8, 16), (2, 2, 10, 16), (2, 2, 12, 16))
+    assert step.shapes(mask) == ((2, 9), (2, 11), (2, 13))
+    assert step.is_fixed
+
+
+@pytest.mark.parametrize(
+    ("eligible", "chosen"),
+    [
+        (
+            "(Sparsity) Layers eligible for sparse math: Conv_0, Conv_1 + Relu_2, MatMul_51",
+            "(Sparsity) TRT inference plan picked sparse implementation for layers: Conv_1 + Relu_2",
+        ),
+        (
+            "(Sparsity) Found 3 layer(s) eligible to use sparse tactics: Conv_0, Conv_1 + Relu_2, MatMul_51",
+            "(Sparsity) Chose 1 layer(s) using sparse tactics: Conv_1 + Relu_2",
+        ),
+    ],
+)
+def test_what_a_builder_says_of_sparsity(eligible: str, chosen: str) -> None:
+    everything = ["Conv_0", "Conv_1 + Relu_2", "MatMul_51"]
+    assert sparse_layers([eligible, chosen, eligible, chosen]) == (everything, ["Conv_1 + Relu_2"])
+    assert sparse_layers([eligible, chosen.partition(":")[0] + ":"]) == (everything, [])
+    assert sparse_layers(["(Sparsity) Found 39 layer(s) eligible to use sparse tactics"]) == ([], [])
+    assert sparse_layers([]) == ([], [])
 
 
 @pytest.mark.parametrize(
@@ -94,11 +134,11 @@ def test_what_each_version_is_asked_for(trt: Any, network: int, fp16: list[str],
     manifest = Manifest.load(artifact("2:4", 0.5))
     asked: list[str] = []
     config = SimpleNamespace(set_flag=asked.append)
-    assert _network_flags(trt) == network
-    _set_flags(trt, config, manifest, sparse=False)
+    assert network_flags(trt) == network
+    set_flags(trt, config, manifest, sparse=False)
     assert asked == []
     half = Manifest.from_json(manifest.to_json() | {"precision": "fp16"}, where="")
-    _set_flags(trt, config, half, sparse=True)
+    set_flags(trt, config, half, sparse=True)
     assert asked == fp16
 
 
@@ -106,7 +146,7 @@ def test_a_half_type_that_a_version_does_not_have_is_refused(artifact: Artifact)
     half = Manifest.from_json(Manifest.load(artifact("2:4", 0.5)).to_json() | {"precision": "bf16"}, where="")
     trt = version(strongly_typed=False, flags=("SPARSE_WEIGHTS", "FP16"))
     with pytest.raises(EngineError, match="has no bf16; export with --precision fp16"):
-        _set_flags(trt, SimpleNamespace(set_flag=print), half, sparse=False)
+        set_flags(trt, SimpleNamespace(set_flag=print), half, sparse=False)
 
 
 def test_a_runtime_that_is_missing_says_what_to_install(
@@ -123,32 +163,43 @@ def test_a_runtime_that_is_missing_says_what_to_install(
 
 
 def test_plans_are_built_once(rtx: Any, mine: Path) -> None:
-    plan = plan_of(mine, runtime="tensorrt_rtx", profile=PROFILE, target="SM86")
+    plan = plan_of(mine, runtime="tensorrt_rtx", profiles=[PROFILE], target="SM86").path
     assert plan.parent == mine / "plans"
     record = json.loads(plan.with_suffix(".json").read_text())
     manifest = Manifest.load(mine)  # the cache is no part of what is verified
-    assert record | {"sha256": "", "bytes": 0} == {
+    assert record | {"sha256": "", "bytes": 0, "seconds": 0} == {
         "model": manifest.files["model.onnx"], "runtime": "tensorrt_rtx", "version": rtx.__version__,
-        "gpu": find_gpu(), "target": "SM86", "profile": "1x1,4x16,8x64", "flags": ["sparse_weights"],
-        "sha256": "", "bytes": 0,
+        "gpu": find_gpu(), "target": "SM86", "profiles": ["1x1,4x16,8x64"], "flags": ["sparse_weights"],
+        "shapes": [{"shapes": [[1, 1], [4, 16], [8, 64]], "past": None}],
+        "sha256": "", "bytes": 0, "seconds": 0, "sparsity": [],
     }  # fmt: skip
     assert (record["sha256"], record["bytes"]) == (sha256(plan), plan.stat().st_size)
     before = plan.stat().st_mtime_ns
-    assert plan_of(mine, runtime="tensorrt_rtx", profile=PROFILE, target="SM86") == plan
+    assert plan_of(mine, runtime="tensorrt_rtx", profiles=[PROFILE], target="SM86").path == plan
     assert plan.stat().st_mtime_ns == before
     plan.write_bytes(plan.read_bytes()[:-1])
-    assert plan_of(mine, runtime="tensorrt_rtx", profile=PROFILE, target="SM86") == plan
+    assert plan_of(mine, runtime="tensorrt_rtx", profiles=[PROFILE], target="SM86").path == plan
     assert sha256(plan) == json.loads(plan.with_suffix(".json").read_text())["sha256"]
     others = [
-        plan_of(mine, runtime="tensorrt_rtx", profile=PROFILE, target="SM80"),
-        plan_of(mine, runtime="tensorrt_rtx", profile=PROFILE, target="SM86", sparse=False),
+        plan_of(mine, runtime="tensorrt_rtx", profiles=[PROFILE], target="SM80").path,
+        plan_of(mine, runtime="tensorrt_rtx", profiles=[PROFILE], target="SM86", sparse=False).path,
     ]
     assert len({plan, *others}) == 3
 
 
+def test_a_plan_of_several_profiles(rtx: Any, mine: Path) -> None:
+    several = run_profiles([(1, 8), (4, 16)], others=True, max_length=64, cached=False)
+    plan = plan_of(mine, runtime="tensorrt_rtx", profiles=several)
+    assert plan.record["profiles"] == ["1x8", "4x16", "1x1,8x64,32x64"]
+    assert plan.profiles == several
+    assert plan.path.stat().st_size > plan_of(mine, runtime="tensorrt_rtx", profiles=several[:1]).path.stat().st_size
+    assert plan_of(mine, runtime="tensorrt_rtx").profiles == several[2:]  # none of the two takes every shape
+    assert plan_of(mine, runtime="tensorrt_rtx", profiles=several) == plan
+
+
 @pytest.mark.skipif(find_gpu() != NO_GPU, reason="a GPU is here, for which plans are built")
 def test_without_a_gpu_a_capability_is_chosen(rtx: Any, mine: Path) -> None:
-    plan = plan_of(mine, runtime="tensorrt_rtx", profile=PROFILE)
+    plan = plan_of(mine, runtime="tensorrt_rtx", profiles=[PROFILE]).path
     assert json.loads(plan.with_suffix(".json").read_text())["target"] == "SM80"
 
 
@@ -159,7 +210,7 @@ def test_a_plan_in_half_precision(rtx: Any, tmp_path: Path, kind: str, form: str
     made = make_encoder(tmp_path / "model", kind, "classification") if kind == "bert" else None
     folder = prune(made or make_decoder(tmp_path / "model", kind), "2:4")
     export(folder, tmp_path / "out", linear_form=form, precision=precision)
-    assert plan_of(tmp_path / "out", runtime="tensorrt_rtx", profile=PROFILE).stat().st_size > 10_000
+    assert plan_of(tmp_path / "out", runtime="tensorrt_rtx", profiles=[PROFILE]).path.stat().st_size > 10_000
 
 
 def test_what_a_runtime_refuses_is_said_in_its_words(rtx: Any, mine: Path) -> None:
@@ -168,9 +219,9 @@ def test_what_a_runtime_refuses_is_said_in_its_words(rtx: Any, mine: Path) -> No
     manifest = Manifest.load(mine)
     (mine / "model.onnx").write_bytes(b"not a graph")
     with pytest.raises(EngineError, match=r"does not read .*model\.onnx \(.+\); export again"):
-        build_plan(mine / "model.onnx", manifest, trt=rtx, profile=PROFILE, target="SM80")
+        build_plan(mine / "model.onnx", manifest, trt=rtx, profiles=[PROFILE], target="SM80")
     with pytest.raises(ArtifactError, match="damaged"):
-        plan_of(mine, runtime="tensorrt_rtx", profile=PROFILE)
+        plan_of(mine, runtime="tensorrt_rtx", profiles=[PROFILE])
     assert not (mine / "plans").exists()
 
 
@@ -179,7 +230,7 @@ def test_the_command_builds_a_plan_of_a_model_and_of_an_artifact(rtx: Any, mine:
     outcome = pst("export", mine, "--format", "tensorrt", "--output", tmp_path / "out", *shapes)
     assert outcome.code == 0, outcome.err
     (record,) = (tmp_path / "out" / "plans").glob("*.json")
-    assert json.loads(record.read_text())["profile"] == "1x1,2x8,2x16"
+    assert json.loads(record.read_text())["profiles"] == ["1x1,2x8,2x16"]
     assert Manifest.load(tmp_path / "out") == Manifest.load(mine)
 
     outcome = pst("export", mine, "--format", "tensorrt", "--output", tmp_path / "bad", "--profile", "1x1,2x8,2x999")

@@ -12,10 +12,11 @@ from onnx import TensorProto, helper, numpy_helper
 from export import manifest
 from export.manifest import WeightInfo
 from pst.errors import EngineError
-from serve.bench.receipt import Receipt, _layers, groups, receipts
+from serve.bench.receipt import Layer, Receipt, _layers, groups, receipts
 from serve.bench.receipt_text import receipt_table, summary
 from serve.bench.workload import random_workload
-from serve.engines import Array, LayerTime, open_engine
+from serve.engines import Array, LayerTime, Verdict, open_engine
+from serve.engines._onnxruntime_profile import OnnxRuntimeProfiler
 from serve.engines.onnxruntime import OnnxRuntimeEngine
 
 WORKLOAD = random_workload((2, 8), vocab_size=20)
@@ -137,10 +138,16 @@ def ran(*weights: str, time: float = 1.0) -> LayerTime:
     return LayerTime(node="n", operator="MatMul", time_ms=time, weights=weights)
 
 
+def explain(weight: WeightInfo, *, pattern: str, place: LayerTime | None) -> Verdict:
+    return Verdict(eligible=None, chosen=False, why=f"{weight.name} is {pattern}", advice="none")
+
+
 def test_what_was_removed_is_not_called_dense(bert_artifact: Path) -> None:
     made = manifest.load(bert_artifact, verify=False)
-    before = _layers(replace(made, info("a"), info("b")), [ran("a"), ran("b")], {})
-    after = _layers(replace(made, info("a", shape=(8, 4)), info("b")), [ran("a", time=0.5), ran("b")], by_name(before))
+    before = _layers(replace(made, info("a"), info("b")), [ran("a"), ran("b")], {}, explain)
+    after = _layers(
+        replace(made, info("a", shape=(8, 4)), info("b")), [ran("a", time=0.5), ran("b")], by_name(before), explain
+    )
     assert after[0].why == "8 x 4 is left of 8 x 8: removed, not zero, so that every runtime saves it"
     assert (after[0].baseline_ms, after[0].time_ms) == (1.0, 0.5)
     assert after[1].why == "there are no zeros to speak of"
@@ -149,12 +156,39 @@ def test_what_was_removed_is_not_called_dense(bert_artifact: Path) -> None:
 def test_what_is_merged_has_no_time_of_its_own(bert_artifact: Path) -> None:
     made = manifest.load(bert_artifact, verify=False)
     layers = _layers(
-        replace(made, info("q", density=0.5), info("k", density=0.5), info("gone", density=0.5)), [ran("q", "k")], {}
-    )
+        replace(made, info("q", density=0.5), info("k", density=0.5), info("gone", density=0.5)),
+        [ran("q", "k", time=3.0)], {}, explain,
+    )  # fmt: skip
     assert [layer.time_ms for layer in layers] == [None, None, None]
+    assert [layer.fused_ms for layer in layers] == [3.0, 3.0, None]
     assert [layer.operator for layer in layers] == ["MatMul", "MatMul", None]
-    assert "cannot be told apart" in layers[2].why
-    assert "structured" in layers[2].advice
+    assert [layer.why for layer in layers] == ["q is unstructured", "k is unstructured", "gone is unstructured"]
+    receipt = Receipt(artifact="a", workload="1x8", total_ms=4.0, layers=layers)
+    assert receipt.limit is None
+    assert "2 of these layers are fused with others; what they are fused into takes 3.00 of 4.00 ms." in summary(
+        receipt
+    )
+    verdict = OnnxRuntimeProfiler.explain(info("gone", density=0.5), pattern="unstructured", place=None)
+    assert "cannot be told apart" in verdict.why
+    assert "structured" in verdict.advice
+
+
+def test_what_became_of_the_zeros_is_counted() -> None:
+    def told(*verdicts: tuple[bool | None, bool]) -> str:
+        layers = [
+            Layer(
+                weight=f"w.{place}", shape=(8, 8), pattern="2:4", density=0.5, operator="Conv", time_ms=1.0,
+                baseline_ms=None, sparse_kernel=chosen, why="", advice="", eligible=eligible,
+            )
+            for place, (eligible, chosen) in enumerate(verdicts)
+        ]  # fmt: skip
+        (group,) = groups(Receipt(artifact="a", workload="1x8", total_ms=9.0, layers=tuple(layers)))
+        return group.sparse_kernel
+
+    assert told((True, True), (True, False), (False, False)) == "chosen 1 of 3"
+    assert told((True, False), (False, False)) == "eligible, not chosen"
+    assert told((None, False)) == "not told"
+    assert told((False, False)) == "none"
 
 
 def by_name(layers: Iterable[Any]) -> dict[str, Any]:

@@ -1,0 +1,205 @@
+"""TensorRT on an NVIDIA GPU: runs the plan of an artifact that ``pst export`` wrote, and builds it where there is none.
+
+Variants: ``tensorrt`` (8.6, 10 or 11) and ``tensorrt-rtx`` (TensorRT-RTX, for RTX GPUs). Device memory is handled
+through cuda-python. What the versions differ in is in export/targets/tensorrt/versions.py; a plan's cache in plan.py.
+
+A plan has one optimization profile for each shape that it was opened for, and a wide one where others are run as well;
+an inference takes the narrowest that fits. Each has a context of its own (serve/engines/_tensorrt_lane.py), made on
+first use; since they run one after the other, they share the device memory for what lies between inputs and outputs.
+"""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from export.manifest import FILE_NAME, MODEL_NAME, Manifest
+from export.targets.tensorrt import Plan, plan_of, versions
+from export.targets.tensorrt.profiles import run_profiles
+from pst.errors import ArtifactError, EngineError
+from pst.progress import note
+from serve.describe import max_positions
+from serve.engines import ANY_SHAPE, Array, Profiler, Shapes, TensorSpec, check_feeds
+from serve.engines._cuda import Cuda, load_bindings
+from serve.engines._tensorrt_lane import Lane, Port, bounds_of, fits, width
+
+PACKAGES = {"": "tensorrt", "rtx": "tensorrt_rtx"}
+"""By variant."""
+
+
+class TensorRTEngine:
+    """A plan with the protocol of serve.engines.Engine."""
+
+    def __init__(
+        self, path: Path, *, variant: str, threads: int, shapes: Shapes = ANY_SHAPE, plan: Plan | None = None,
+        timer: Any = None,
+    ) -> None:  # fmt: skip
+        """Load the plan of the artifact *path*, from its cache or built now; *plan* is one that is known already.
+
+        timer: a trt.IProfiler that is told the time of each layer; CUDA graphs are then off.
+        """
+        if variant not in PACKAGES:
+            raise EngineError(f"tensorrt-{variant} is not an engine; choose tensorrt or tensorrt-rtx.")
+        if not (path / MODEL_NAME).is_file() or not (path / FILE_NAME).is_file():
+            raise ArtifactError(
+                f"{path} is no artifact folder; the engine tensorrt wants one that pst export wrote, with {MODEL_NAME} "
+                f"and {FILE_NAME}."
+            )
+        self._trt = versions.find_runtime(PACKAGES[variant])
+        load_bindings()  # before minutes of building
+        self._cuda: Cuda | None = Cuda()
+        self.name = "tensorrt-rtx" if variant else "tensorrt"
+        self.threads = threads
+        self.artifact, self.shapes, self.variant = path, shapes, variant
+        self._timer = timer
+        self._errors: list[str] = []
+        self._log = versions.logger(self._trt, self._errors)
+        self._lanes: dict[int, Lane] = {}
+        self._workspace = 0
+        self._runtime: Any = None
+        self._model: Any = None
+        try:
+            self.manifest = Manifest.load(path, verify=False)
+            self.plan, self._model, self.load_ms = self._load(plan)
+            self._inputs, self._outputs = self._ports()
+        except BaseException:
+            self.close()
+            raise
+        self.inputs: Mapping[str, TensorSpec] = _specs(self.manifest.inputs)
+        self.outputs: Mapping[str, TensorSpec] = _specs(self.manifest.outputs)
+        self.max_length = max_positions(path)
+        self._bounds = [bounds_of(self.manifest.inputs, profile) for profile in self.plan.profiles]
+        self._order = sorted(range(len(self._bounds)), key=lambda index: width(self._bounds[index]))
+        self._last: tuple[tuple[tuple[int, ...], ...], int] = ((), 0)
+
+    def infer(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Outputs by name; raises EngineError for feeds that do not fit, or when the runtime fails."""
+        if self._cuda is None:
+            raise EngineError("The engine is closed; open it again.")
+        check_feeds(self.inputs, feeds, max_length=self.max_length)
+        return self.lane(feeds).run(feeds)
+
+    def lane(self, feeds: Mapping[str, Array]) -> Lane:
+        """What runs *feeds*, made on first use. Raises EngineError where no profile of the plan takes them."""
+        shapes = tuple(feeds[port.name].shape for port in self._inputs)
+        if shapes != self._last[0]:
+            index = next((index for index in self._order if fits(self._bounds[index], feeds)), None)
+            if index is None:
+                first = next(iter(self.inputs))
+                raise EngineError(
+                    f"The plan takes the shapes {' and '.join(map(str, self.plan.profiles))} (batch x tokens), but "
+                    f"{first} is {' x '.join(map(str, feeds[first].shape))}; give smaller batches, or build a plan for "
+                    "it: pst export --format tensorrt --profile."
+                )
+            self._last = (shapes, index)
+        index = self._last[1]
+        if index not in self._lanes:
+            self._lanes[index] = self._new_lane(index)
+        return self._lanes[index]
+
+    def inspector(self) -> Any:
+        """TensorRT's EngineInspector of the plan."""
+        return self._model.create_engine_inspector()
+
+    def profiler(self) -> Profiler:
+        """See ProfilingEngine."""
+        from serve.engines._tensorrt_profile import TensorRTProfiler
+
+        return TensorRTProfiler(self)
+
+    def close(self) -> None:
+        """Free the plan, its contexts and all memory."""
+        cuda, self._cuda = self._cuda, None
+        if cuda is None:
+            return
+        for lane in self._lanes.values():
+            lane.close()
+        self._lanes.clear()
+        self._model = self._runtime = None
+        if self._workspace:
+            cuda.free(self._workspace)
+        cuda.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _load(self, plan: Plan | None) -> tuple[Plan, Any, float]:
+        """The plan, deserialized, and the milliseconds that it took; one that does not fit is built again, once."""
+        for again in (False, True):
+            found = plan if plan is not None and not again else self._plan(again=again)
+            content = found.path.read_bytes()
+            start = time.perf_counter()
+            self._runtime = self._trt.Runtime(self._log)
+            model = self._runtime.deserialize_cuda_engine(content)
+            if model is not None:
+                return found, model, (time.perf_counter() - start) * 1000
+            if versions.is_rtx(self._trt):
+                raise self._failure("does not load the plan", remedy="it runs on RTX GPUs alone: choose tensorrt.")
+            if not again:
+                note(f"{found.path} does not fit this machine; building it again.")
+        raise self._failure("does not load the plan that it built")
+
+    def _plan(self, *, again: bool) -> Plan:
+        manifest = self.manifest
+        cached = any("past_sequence_length" in tensor.shape for tensor in manifest.inputs)
+        profiles = run_profiles(
+            self.shapes.fixed, others=self.shapes.others, max_length=manifest.max_length, cached=cached,
+            new_tokens=self.shapes.new_tokens,
+        )  # fmt: skip
+        return plan_of(
+            self.artifact, profiles=profiles if self.shapes.fixed else (), runtime=PACKAGES[self.variant], again=again
+        )
+
+    def _ports(self) -> tuple[list[Port], list[Port]]:
+        ports = []
+        for tensor in (*self.manifest.inputs, *self.manifest.outputs):
+            found = versions.numpy_type(self._model.get_tensor_dtype(tensor.name))
+            if found is None:
+                raise EngineError(
+                    f"{tensor.name} has a type that numpy has not, so that it cannot be given or read; export the "
+                    "model with --precision fp16."
+                )
+            ports.append(Port(name=tensor.name, dtype=found, outside=tensor.dtype))
+        inputs = len(self.manifest.inputs)
+        return ports[:inputs], ports[inputs:]
+
+    def _new_lane(self, index: int) -> Lane:
+        assert self._cuda is not None
+        context = versions.new_context(self._trt, self._model, self._share)
+        if context is None:
+            raise self._failure("cannot make a context")
+        if self._timer is not None:
+            context.profiler = self._timer
+        return Lane(
+            self._cuda, context, profile=index, inputs=self._inputs, outputs=self._outputs, failure=self._failure,
+            graphs=self._timer is None,
+        )  # fmt: skip
+
+    def _share(self, size: int) -> int:
+        """Memory that all contexts use: each asks for the same size, that of the plan's largest need."""
+        assert self._cuda is not None
+        if not self._workspace:
+            self._workspace = self._cuda.allocate(size)
+        return self._workspace
+
+    def _failure(self, what: str, *, remedy: str = "delete the artifact's folder plans, and try again.") -> EngineError:
+        """In TensorRT's own words as well, where it had some."""
+        said = f" ({self._errors[-1].strip()})" if self._errors else ""
+        return EngineError(f"{self._trt.__name__} {self._trt.__version__} {what}{said}; {remedy}")
+
+
+def _specs(tensors: Any) -> dict[str, TensorSpec]:
+    return {
+        tensor.name: TensorSpec(name=tensor.name, dtype=tensor.dtype, shape=tuple(tensor.shape)) for tensor in tensors
+    }
+
+
+def open_path(path: Path, *, variant: str, threads: int, shapes: Shapes = ANY_SHAPE) -> TensorRTEngine:
+    """Open an artifact folder; serve.engines.open_engine calls this."""
+    return TensorRTEngine(path, variant=variant, threads=threads, shapes=shapes)
