@@ -36,6 +36,12 @@ def export(
             "fp32."
         ),
     ] = "fp32",
+    residual: Annotated[
+        str,
+        typer.Option(
+            help="Sums and LayerNorms of fp16 and bf16: fp32, or half, which GPUs run faster, with statistics in fp32."
+        ),
+    ] = "fp32",
     linear_form: Annotated[
         str,
         typer.Option(
@@ -99,6 +105,7 @@ def export(
         task=task,
         opset=opset,
         precision=precision,
+        residual=residual,
         linear_form=linear_form,
         activations=activations,
         storage=storage,
@@ -117,6 +124,7 @@ def export(
         task=task,
         opset=opset,
         precision=precision,
+        residual=residual,
         linear_form=linear_form,
         activations=activations,
         storage=storage,

@@ -15,7 +15,8 @@ FORMATS = ("onnx", "tensorrt", "triton", "triton-tensorrt")
 """An artifact; one with a plan in its cache; a model folder for Triton, with the ONNX file, or with a plan."""
 
 _DECIDED = {
-    "task": "auto", "opset": 17, "precision": "fp32", "linear_form": "auto", "activations": "uint8", "storage": "dense",
+    "task": "auto", "opset": 17, "precision": "fp32", "residual": "fp32", "linear_form": "auto", "activations": "uint8",
+    "storage": "dense",
 }  # fmt: skip
 """What an artifact cannot be asked for any more, with the values that ask for nothing."""
 

@@ -115,6 +115,8 @@ class Manifest:
     """Where heads and neurons were removed, what is left of each layer, as config.json has it; None elsewhere."""
     quantization: Mapping[str, Any] | None = None
     """Of int8: activations (uint8 or int8), calibration_rows; None for other precisions."""
+    residual: str = "fp32"
+    """Type of the residual stream: fp32, or half, that of the precision."""
     accuracy: Accuracy | None = None
     """None where no labelled data was given."""
     schema_version: int = SCHEMA_VERSION
@@ -154,6 +156,7 @@ class Manifest:
                 versions=dict(value["versions"]),
                 structured=None if value.get("structured") is None else dict(value["structured"]),
                 quantization=None if value.get("quantization") is None else dict(value["quantization"]),
+                residual=str(value.get("residual", "fp32")),
                 accuracy=_accuracy(value.get("accuracy")),
             )
         except (KeyError, TypeError, ValueError) as error:

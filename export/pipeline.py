@@ -20,7 +20,7 @@ from export.heads import check_task
 from export.manifest import MODEL_NAME, Manifest, TensorInfo
 from export.parity import check_parity, open_session
 from export.passes import LINEAR_FORMS, OPERATORS, check_linear_form, run_passes
-from export.precision import MEAN_SHARE, PRECISIONS, TOLERANCES, check_precision, to_precision
+from export.precision import MEAN_SHARE, PRECISIONS, TOLERANCES, check_precision, check_residual, to_precision
 from export.quantize import check_activations, quantize, verify_quantized
 from export.source import SPARSITY_FILE, Source, load_source
 from export.sparse_storage import check_storage, store_sparse
@@ -51,6 +51,7 @@ def export(
     task: str = "auto",
     opset: int = 17,
     precision: str = "fp32",
+    residual: str = "fp32",
     linear_form: str = "auto",
     activations: str = "uint8",
     storage: str = "dense",
@@ -67,6 +68,7 @@ def export(
     *task* is the name of a head (export/heads), or "auto" for the one that the model's class has. *precision* is fp32,
     fp16 or bf16, by the rule in export/precision.py, or int8, by that in export/quantize.py: with *activations* uint8
     or int8, and ranges from the rows of *calibration* (texts like *examples*), which it cannot do without.
+    *residual*, fp32 or half, is the type of the residual stream of a half precision.
     *linear_form* is one of export.passes.LINEAR_FORMS: the operator that the prunable layers are written as. *storage*
     is dense or sparse, see export/sparse_storage.py.
     *examples* (a pst.data.Examples) are the real inputs on which ONNX Runtime is compared with PyTorch; without them a
@@ -78,14 +80,15 @@ def export(
     Raises ConfigError, ModelError, ArtifactError, RunError and StorageError.
     """
     check_options(
-        output, task=task, opset=opset, precision=precision, linear_form=linear_form, activations=activations,
-        storage=storage, overwrite=overwrite, atol=atol, rtol=rtol, calibrated=calibration is not None,
+        output, task=task, opset=opset, precision=precision, residual=residual, linear_form=linear_form,
+        activations=activations, storage=storage, overwrite=overwrite, atol=atol, rtol=rtol,
+        calibrated=calibration is not None,
     )  # fmt: skip
     with progress("Exporting", total=_STEPS) as advance:
         return _export(
-            source, output, advance, task=task, opset=opset, precision=precision, linear_form=linear_form,
-            activations=activations, storage=storage, examples=examples, calibration=calibration, data=data,
-            overwrite=overwrite, external_data=external_data, atol=atol, rtol=rtol,
+            source, output, advance, task=task, opset=opset, precision=precision, residual=residual,
+            linear_form=linear_form, activations=activations, storage=storage, examples=examples,
+            calibration=calibration, data=data, overwrite=overwrite, external_data=external_data, atol=atol, rtol=rtol,
         )  # fmt: skip
 
 
@@ -98,6 +101,7 @@ def check_options(
     overwrite: bool,
     atol: float | None,
     rtol: float | None,
+    residual: str = "fp32",
     linear_form: str = "auto",
     activations: str = "uint8",
     storage: str = "dense",
@@ -110,6 +114,7 @@ def check_options(
     check_task(task)
     check_opset(opset)
     check_precision(precision)
+    check_residual(residual, precision=precision)
     check_linear_form(linear_form)
     if linear_form == "conv" and precision == "bf16" and opset < _CONV_IN_BF16:
         raise ConfigError(
@@ -136,6 +141,7 @@ def _export(
     task: str,
     opset: int,
     precision: str,
+    residual: str,
     linear_form: str,
     activations: str,
     storage: str,
@@ -173,7 +179,7 @@ def _export(
             prove("In fp32")
         weights = to_precision(
             model, weights, precision=precision, outputs=loaded.head.outputs,
-            halved=cache_names(PAST, len(loaded.cache)),
+            halved=cache_names(PAST, len(loaded.cache)), residual=residual,
         )  # fmt: skip
         removal: dict[str, Any] | None = getattr(loaded.model.config, FIELD, None) if pattern == "structured" else None
         if precision == "int8":
@@ -217,8 +223,8 @@ def _export(
         manifest = Manifest(
             inputs=tuple(_tensor(value) for value in model.graph.input),
             outputs=tuple(_tensor(value) for value in model.graph.output),
-            opset=opset, precision=precision, task=loaded.task, labels=loaded.labels, max_length=loaded.max_length,
-            pad_token_id=loaded.pad_token_id, pattern=pattern,
+            opset=opset, precision=precision, residual=residual, task=loaded.task, labels=loaded.labels,
+            max_length=loaded.max_length, pad_token_id=loaded.pad_token_id, pattern=pattern,
             sparsity={"requested": requested, "measured": measured}, weights=infos, parity=parity,
             files={path.name: sha256(path) for path in sorted(folder.iterdir())},
             source=_provenance(loaded), versions=_versions(), structured=removal, quantization=quantization,

@@ -10,6 +10,10 @@ The rule, called "half products", is much like that of torch.autocast:
   stream, which in bf16 would cost a decoder of 30 layers nearly four times the error. Constants, vectors and biases
   follow what they meet.
 - What only moves numbers keeps their type, and the key/value cache of a decoder is of the half type, in and out.
+
+With the residual stream in half as well, sums of two computed values and LayerNormalization keep the half type where
+what they read has it. A LayerNormalization takes mean and variance in float32 all the same (its stash_type). That is
+what runtimes for GPUs fuse best: sum, bias and normalization are one kernel, which reads and writes half as much.
 """
 
 from collections.abc import Iterable, Mapping
@@ -26,6 +30,8 @@ _LARGEST = {TensorProto.FLOAT16: 65504.0, TensorProto.BFLOAT16: 3.3895314e38}  #
 PRECISIONS = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16,
               "int8": TensorProto.INT8}  # fmt: skip
 """What weights are stored in; int8 is export/quantize.py's."""
+RESIDUALS = ("fp32", "half")
+"""Types of the residual stream: float32 whatever the precision, or the half type of it."""
 TOLERANCES = {"fp32": (1e-4, 1e-3), "fp16": (1e-1, 2e-2), "bf16": (1.0, 5e-2), "int8": (2.0, 5e-2)}
 """atol and rtol of the comparison with PyTorch in float32; bf16 keeps 8 bits of a number, fp16 11, int8 7 or 8 of the
 largest number of a tensor.
@@ -50,22 +56,36 @@ def check_precision(precision: str) -> None:
         raise ConfigError(f"Unknown precision {precision!r}; use one of {', '.join(PRECISIONS)}.")
 
 
+def check_residual(residual: str, *, precision: str) -> None:
+    """Raise ConfigError for a type of the residual stream that is none of RESIDUALS, or that *precision* has not."""
+    if residual not in RESIDUALS:
+        raise ConfigError(f"Unknown type {residual!r} of the residual stream; use one of {', '.join(RESIDUALS)}.")
+    if residual == "half" and precision not in ("fp16", "bf16"):
+        raise ConfigError(f"A residual stream in half needs a half type; use --precision fp16, not {precision}.")
+
+
 def to_precision(
-    model: Any, weights: Mapping[str, Array], *, precision: str, outputs: Iterable[str], halved: Iterable[str] = ()
+    model: Any,
+    weights: Mapping[str, Array],
+    *,
+    precision: str,
+    outputs: Iterable[str],
+    halved: Iterable[str] = (),
+    residual: str = "fp32",
 ) -> dict[str, Array]:
     """Rewrite *model* (onnx.ModelProto, float32) in place by the rule above; returns *weights* as they are stored now.
 
     Requires: no subgraphs or local functions; initializers named as the parameters that they hold (name_weights).
     Ensures: the same inputs and outputs, of which *outputs* stay float32 and the inputs *halved* become half, as do
-    outputs computed in half. Raises ConfigError for an unknown *precision*, ModelError for a graph with subgraphs,
-    ArtifactError where a weight is too large for the type.
+    outputs computed in half. *residual* is one of RESIDUALS. Raises ConfigError for an unknown *precision*, ModelError
+    for a graph with subgraphs, ArtifactError where a weight is too large for the type.
     """
     check_precision(precision)
     if precision in ("fp32", "int8"):
         return dict(weights)
     if model.functions or any(entry.HasField("g") for node in model.graph.node for entry in node.attribute):
         raise ModelError(f"The graph holds subgraphs, which cannot be written in {precision}; use --precision fp32.")
-    rewriter = _Rewriter(model, weights, PRECISIONS[precision], set(outputs), set(halved))
+    rewriter = _Rewriter(model, weights, PRECISIONS[precision], set(outputs), set(halved), residual=residual)
     rewriter.run()
     dtype = helper.tensor_dtype_to_np_dtype(PRECISIONS[precision])
     return {name: array.astype(dtype) if name in rewriter.matrices else array for name, array in weights.items()}
@@ -75,8 +95,9 @@ class _Rewriter:
     """The state of one rewrite: what type each value has so far, and which casts exist."""
 
     def __init__(
-        self, model: Any, weights: Mapping[str, Array], half: int, outputs: set[str], halved: set[str]
+        self, model: Any, weights: Mapping[str, Array], half: int, outputs: set[str], halved: set[str], *, residual: str
     ) -> None:
+        self.sums_in_half = residual == "half"
         self.graph, self.half, self.outputs, self.halved = model.graph, half, outputs, halved
         inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True).graph
         values = (*inferred.input, *inferred.output, *inferred.value_info)
@@ -132,7 +153,9 @@ class _Rewriter:
             value.type.tensor_type.elem_type = self.types[value.name]
 
     def _computes_in_half(self, node: Any) -> bool:
-        if node.op_type in IN_FLOAT32 or node.op_type == "Cast" or node.output[0] in self.final:
+        if node.op_type == "Cast" or node.output[0] in self.final:
+            return False
+        if node.op_type in IN_FLOAT32 and not (self.sums_in_half and node.op_type == "LayerNormalization"):
             return False
         if node.op_type in _PRODUCTS:
             return bool(self.learned & set(node.input))
@@ -141,7 +164,7 @@ class _Rewriter:
         if node.op_type in _MOVES:
             return True
         given = [name for name in node.input if name in self.floats and name not in self.constants]
-        sums = node.op_type == "Add" and len(given) == 2
+        sums = node.op_type == "Add" and len(given) == 2 and not self.sums_in_half
         return not sums and all(self.types[name] == self.half for name in given)
 
     def _feed(self, node: Any, wanted: int) -> None:

@@ -22,8 +22,8 @@ FLAGS = {
     "--jobs --set --overwrite",
     "prune": "source --output -o --pattern --sparsity --plan --method --compensate --data --set --rows --max-length "
     "--budget --overwrite",
-    "export": "source --output -o --format --task --opset --precision --linear-form --activations --storage --data "
-    "--set --profile --compute-capability --atol --rtol --external-data --overwrite",
+    "export": "source --output -o --format --task --opset --precision --residual --linear-form --activations --storage "
+    "--data --set --profile --compute-capability --atol --rtol --external-data --overwrite",
     "eval": "path --data --set --engine --batch-size --threads --predictions --json",
     "bench": "artifacts --output -o --shapes --runs --warmup --budget --threads --engine --new-tokens --data "
     "--set --receipt --no-receipt --overwrite",

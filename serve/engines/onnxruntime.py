@@ -1,14 +1,18 @@
-"""ONNX Runtime on the CPU, and on an NVIDIA GPU through its CUDA provider.
+"""ONNX Runtime on the CPU, and on an NVIDIA GPU through its CUDA provider, or its TensorRT provider.
 
 Variants: ``onnxruntime`` and ``onnxruntime-cpu`` use the CPU, ``onnxruntime-cuda`` the GPU or nothing, and ``auto`` the
-GPU where the installed package has the provider and it starts.
+GPU where the installed package has the provider and it starts. ``onnxruntime-cuda-tf32`` lets float32 products round as
+tensor cores do, and ``onnxruntime-tensorrt`` gives TensorRT what it can run of the graph.
+
+On CUDA attention is one operator, buffers stay on the device and repeated shapes are CUDA graphs, see
+_onnxruntime_cuda.py; where that cannot be, a note says why.
 """
 
 import importlib
 import importlib.metadata
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -17,11 +21,12 @@ import numpy as np
 
 from pst.errors import ArtifactError, EngineError
 from serve.describe import max_positions
-from serve.engines import ANY_SHAPE, Array, Profiler, Shapes, TensorSpec, check_feeds
+from serve.engines import ANY_SHAPE, Array, Cache, Profiler, Shapes, TensorSpec, check_feeds
+from serve.engines._onnxruntime_cache import OrtCache
+from serve.engines._onnxruntime_cuda import FusedSessions
+from serve.engines._onnxruntime_providers import CUDA, TENSORRT, Providers, providers_of, with_graphs
 
 DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")
-CUDA = "CUDAExecutionProvider"
-CPU = "CPUExecutionProvider"
 MISSING = (
     'ONNX Runtime is not installed; install it with: pip install "sparse-pst[cpu]" '
     '(or "sparse-pst[gpu]" on a machine with an NVIDIA GPU).'
@@ -68,44 +73,67 @@ def _first_line(error: Exception) -> str:
 class OnnxRuntimeEngine:
     """An InferenceSession with the protocol of serve.engines.Engine."""
 
-    def __init__(self, path: Path, *, variant: str, threads: int) -> None:
+    def __init__(self, path: Path, *, variant: str, threads: int, shapes: Sequence[tuple[int, int]] = ()) -> None:
         runtime = load_runtime()
         file = path if path.is_file() else path / "model.onnx"
         if not file.is_file():
             raise ArtifactError(f"{path} holds no model.onnx; give an artifact folder that pst export wrote.")
-        providers = _providers(runtime, variant)
+        providers = providers_of(runtime, variant, file=file)
         start = time.perf_counter()
         self._runtime, self._file, self._asked = runtime, file, providers
-        self._session: Any = _open_session(runtime, file, _options(runtime, threads), providers)
-        self.load_ms = (time.perf_counter() - start) * 1000
-        used = self._session.get_providers()[0]
-        if variant == "cuda" and used != CUDA:
-            raise EngineError(
-                "ONNX Runtime's CUDA provider does not start on this machine; "
-                "check the driver with nvidia-smi, or choose the engine onnxruntime."
-            )
-        self.name = f"onnxruntime-{'cuda' if used == CUDA else 'cpu'}"
         self.threads = threads
+        self._session: Any = self._open(str(file), False)
+        used = self._session.get_providers()[0]
+        _check_used(used, variant)
         self.inputs: Mapping[str, TensorSpec] = _specs(self._session.get_inputs())
         self.outputs: Mapping[str, TensorSpec] = _specs(self._session.get_outputs())
         self.max_length = max_positions(file.parent)
+        self._fused: FusedSessions | None = None
+        if used == CUDA:
+            self._session = None  # the next ones get its memory
+            self._fused = FusedSessions(
+                runtime, file, self._open, device="cuda", inputs=self.inputs, outputs=self.outputs,
+                max_length=self.max_length, shapes=shapes,
+            )  # fmt: skip
+        self.load_ms = (time.perf_counter() - start) * 1000
+        self.name = f"onnxruntime-{_device(used)}{'-tf32' if variant == 'cuda-tf32' else ''}"
+        self._closed = False
+
+    def _open(self, model: Any, graphs: bool) -> Any:
+        """A session of a file name or of bytes."""
+        providers = with_graphs(self._asked) if graphs else self._asked
+        return _open_session(self._runtime, model, _options(self._runtime, self.threads), providers, file=self._file)
 
     def infer(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Outputs by name; raises EngineError for feeds that do not fit, or when the runtime fails."""
-        if self._session is None:
+        if self._closed:
             raise EngineError("The engine is closed; open it again.")
         check_feeds(self.inputs, feeds, max_length=self.max_length)
         names = list(self.outputs)
         try:
+            if self._fused is not None:
+                return self._fused.run(feeds)
             values = self._session.run(names, dict(feeds))
         except Exception as error:  # the runtime's exceptions have no common base but this
             raise EngineError(f"ONNX Runtime failed to run the model: {_first_line(error)}.") from error
         return dict(zip(names, values, strict=True))
 
+    def cache(self, past: Mapping[str, Array]) -> Cache:
+        """See CachingEngine: OrtValues, fed back as they come."""
+        return OrtCache.of(
+            self._runtime, self._session_for, past, device="cpu" if self._fused is None else "cuda",
+            inputs=self.inputs, max_length=self.max_length,
+        )  # fmt: skip
+
+    def _session_for(self, feeds: Mapping[str, Array]) -> Any:
+        if self._closed:
+            raise EngineError("The engine is closed; open it again.")
+        return self._session if self._fused is None else self._fused.session_for(feeds)
+
     def profiler(self) -> Profiler:
         """See ProfilingEngine; on the CPU alone, because CUDA's kernels run on after their node has ended."""
-        if self.name.endswith("cuda"):
-            raise EngineError("ONNX Runtime does not tell the time of its CUDA kernels.")
+        if not self.name.endswith("cpu"):
+            raise EngineError("ONNX Runtime tells when it started its GPU kernels, but not how long they ran.")
         from serve.engines._onnxruntime_profile import OnnxRuntimeProfiler
 
         return OnnxRuntimeProfiler(
@@ -113,8 +141,10 @@ class OnnxRuntimeEngine:
         )
 
     def close(self) -> None:
-        """Drop the session and its memory."""
-        self._session = None
+        """Drop the sessions and their memory."""
+        self._closed, self._session = True, None
+        if self._fused is not None:
+            self._fused.close()
 
     def __enter__(self) -> Self:
         return self
@@ -135,25 +165,28 @@ def _options(runtime: Any, threads: int) -> Any:
     return options
 
 
-def _providers(runtime: Any, variant: str) -> list[str]:
-    if variant not in ("", "cpu", "cuda", "auto"):
-        raise EngineError(f"onnxruntime-{variant} is not an engine; choose onnxruntime or onnxruntime-cuda.")
-    has_cuda = CUDA in runtime.get_available_providers()
-    if variant == "cuda" and not has_cuda:
+def _check_used(used: str, variant: str) -> None:
+    """Raise EngineError where the runtime quietly fell back to another provider than the variant's."""
+    if variant.startswith("cuda") and used != CUDA:
         raise EngineError(
-            "The installed ONNX Runtime has no CUDA provider; "
-            'run: pip uninstall onnxruntime, then: pip install "sparse-pst[gpu]".'
+            "ONNX Runtime's CUDA provider does not start on this machine; "
+            "check the driver with nvidia-smi, or choose the engine onnxruntime."
         )
-    if variant in ("cuda", "auto") and has_cuda:
-        if hasattr(runtime, "preload_dlls"):
-            runtime.preload_dlls()  # finds CUDA's and cuDNN's libraries where pip put them
-        return [CUDA, CPU]
-    return [CPU]
+    if variant == "tensorrt" and used != TENSORRT:
+        raise EngineError(
+            "ONNX Runtime's TensorRT provider does not start on this machine: it needs TensorRT 10, which "
+            "pip install tensorrt brings; or choose the engine onnxruntime-cuda."
+        )
 
 
-def _open_session(runtime: Any, file: Path, options: Any, providers: list[str]) -> Any:
+def _device(provider: str) -> str:
+    return {CUDA: "cuda", TENSORRT: "tensorrt"}.get(provider, "cpu")
+
+
+def _open_session(runtime: Any, model: Any, options: Any, providers: Providers, *, file: Path) -> Any:
+    """A session of *model*, a file name or bytes, which come from *file*."""
     try:
-        return runtime.InferenceSession(str(file), options, providers=providers)
+        return runtime.InferenceSession(model, options, providers=providers)
     except Exception as error:  # the runtime's exceptions have no common base but this
         kind, reason = type(error).__name__, _first_line(error).rpartition(" failed:")[2]
         if any(words in str(error).lower() for words in ("external data", "external initializer", "model_path")):
@@ -192,5 +225,5 @@ def _specs(arguments: Any) -> dict[str, TensorSpec]:
 
 
 def open_path(path: Path, *, variant: str, threads: int, shapes: Shapes = ANY_SHAPE) -> OnnxRuntimeEngine:
-    """Open an artifact folder or an ``.onnx`` file; serve.engines.open_engine calls this. Any shape will do."""
-    return OnnxRuntimeEngine(path, variant=variant, threads=threads)
+    """Open an artifact folder or an ``.onnx`` file; serve.engines.open_engine calls this."""
+    return OnnxRuntimeEngine(path, variant=variant, threads=threads, shapes=shapes.fixed)

@@ -1,0 +1,202 @@
+"""What ``onnxruntime-cuda`` adds to a plain session: fused attention, a session for texts without padding, CUDA graphs.
+
+One artifact becomes up to two sessions. Where no text of a batch is padded, as with one text or with texts of one
+length, the mask says nothing, and the session without it has the fastest kernels. The other opens with the first padded
+batch. A fused graph is compared with the file as it is, on the device and with random tokens, before it is used.
+
+A decoder's cache wants the scores of the last token alone. Its sessions compute no others, and open apart from those of
+infer, which gives the scores of every token.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pst.progress import note
+from serve.describe import vocab_size
+from serve.engines import Array, TensorSpec
+from serve.engines._onnxruntime_device import DeviceSession
+
+MASK, PAST, LOGITS = "attention_mask", "past_key_values.", "logits"
+_INPUTS = ("input_ids", MASK, "position_ids", "token_type_ids")
+LARGEST = 1_900_000_000
+"""Bytes of a model that is rewritten: a session takes one from memory up to protobuf's 2 GB."""
+AGREES = 0.05
+"""Largest difference of a fused graph's output, as a share of the output's largest number: fp16 rounds to a hundredth
+of that, and a mask or a factor gone wrong makes more."""
+_ROWS, _TOKENS, _PAST = 2, 16, 4
+
+OpenSession = Callable[[Any, bool], Any]
+"""(file name or bytes, CUDA graphs) to an InferenceSession."""
+
+
+class FusedSessions:
+    """The sessions of one artifact on a device."""
+
+    def __init__(
+        self,
+        runtime: Any,
+        file: Path,
+        open_session: OpenSession,
+        *,
+        device: str,
+        inputs: Mapping[str, TensorSpec],
+        outputs: Mapping[str, TensorSpec],
+        max_length: int | None,
+        shapes: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        self._runtime, self._file, self._open = runtime, file, open_session
+        self._device, self._inputs, self._outputs, self._shapes = device, inputs, outputs, shapes
+        self._max_length = max_length
+        self._cached = [name for name in inputs if name.startswith(PAST)]
+        self._sessions: dict[_Kind, DeviceSession] = {}
+        self._said: set[str] = set()
+        self.fused = 0
+        """Attentions that are one operator."""
+        self._session_for(_Kind(unpadded=True, last=bool(self._cached)))
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Outputs by name of feeds that fit."""
+        session = self._session_for(_Kind(unpadded=_is_unpadded(feeds), last=False))
+        if not self._cached:
+            return session.run(feeds)
+        # Of a decoder's large outputs no buffers are kept.
+        values = session.session.run(list(self._outputs), dict(feeds))
+        return dict(zip(self._outputs, values, strict=True))
+
+    def session_for(self, feeds: Mapping[str, Array]) -> Any:
+        """The InferenceSession that continues *feeds*; it may give the scores of the last token alone."""
+        return self._session_for(_Kind(unpadded=_is_unpadded(feeds), last=True)).session
+
+    def _session_for(self, kind: "_Kind") -> DeviceSession:
+        if kind not in self._sessions:
+            model = self._fused(kind)
+            if kind.unpadded and (model is None or model.reads_mask):
+                # The mask is still read: one session does for all.
+                self._sessions[kind] = self._session_for(_Kind(unpadded=False, last=kind.last))
+                return self._sessions[kind]
+            self._sessions[kind] = self._device_session(str(self._file) if model is None else model.content, kind)
+            if model is not None and not self._agrees(self._sessions[kind], kind):
+                note(
+                    f"ONNX Runtime computes something else with fused attention than without it in {self._file}; "
+                    "it runs as the file is. Please report this."
+                )
+                self._sessions[kind].close()
+                self.fused = 0
+                self._sessions[kind] = self._device_session(str(self._file), kind)
+        return self._sessions[kind]
+
+    def _device_session(self, model: Any, kind: "_Kind") -> DeviceSession:
+        return DeviceSession(
+            self._runtime, lambda graphs: self._open(model, graphs), device=self._device, inputs=self._inputs,
+            outputs=self._outputs, graphs=self._device == "cuda" and not self._cached, shapes=self._shapes,
+        )  # fmt: skip
+
+    def _say(self, text: str) -> None:
+        """A note, once for all sessions."""
+        if text not in self._said:
+            self._said.add(text)
+            note(text)
+
+    def _known_inputs(self) -> bool:
+        """Whether what the model reads can be made up, so that a fused graph can be compared."""
+        return set(self._inputs) <= {*_INPUTS, *self._cached}
+
+    def _fused(self, kind: "_Kind") -> "_Fused | None":
+        if not self._known_inputs():
+            self._say(f"{self._file} has inputs of its own, so nothing in it is fused; ONNX Runtime runs it as it is.")
+            return None
+        found = fused(self._file, unpadded=kind.unpadded, last=kind.last, say=self._say)
+        self.fused = found.count if found else 0
+        return found
+
+    def _agrees(self, session: DeviceSession, kind: "_Kind") -> bool:
+        feeds, names = self._random_feeds(unpadded=kind.unpadded), list(self._outputs)
+        expected = self._open(str(self._file), False).run(names, feeds)
+        given = session.session.run(names, feeds) if self._cached else list(session.run(feeds).values())
+        if kind.last:
+            expected[names.index(LOGITS)] = expected[names.index(LOGITS)][:, -1:]
+        return all(
+            float(np.abs(one.astype(np.float32) - other.astype(np.float32)).max())
+            <= AGREES * float(np.abs(one.astype(np.float32)).max())
+            for one, other in zip(expected, given, strict=True)
+        )
+
+    def _random_feeds(self, *, unpadded: bool) -> dict[str, Array]:
+        """Two rows of random tokens and, for a decoder, a random cache; the first row padded unless *unpadded*."""
+        random, cached = np.random.default_rng(0), bool(self._cached)
+        tokens, past = min(_TOKENS, (self._max_length or _TOKENS) - _PAST), _PAST if cached else 0
+        mask = np.ones((_ROWS, past + tokens), dtype=np.int64)
+        if not unpadded:
+            mask[0, slice(0, 2) if cached else slice(-2, None)] = 0
+        ids = random.integers(0, vocab_size(self._file.parent) or 2, (_ROWS, tokens))
+        positions = np.maximum(mask.cumsum(axis=1) - 1, 0)[:, past:]
+        known = {"input_ids": ids, MASK: mask, "position_ids": positions, "token_type_ids": np.zeros_like(ids)}
+        feeds = {}
+        for name, spec in self._inputs.items():
+            if name in known:
+                feeds[name] = known[name].astype(spec.dtype)
+            else:
+                _, heads, _, width = spec.shape
+                feeds[name] = random.standard_normal((_ROWS, int(heads), past, int(width))).astype(spec.dtype)
+        return feeds
+
+    def close(self) -> None:
+        """Give up every session."""
+        for session in self._sessions.values():
+            session.close()
+        self._sessions.clear()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Kind:
+    """What a session is for."""
+
+    unpadded: bool
+    """Masks of ones alone."""
+    last: bool
+    """The scores of the last token alone."""
+
+
+def _is_unpadded(feeds: Mapping[str, Array]) -> bool:
+    return MASK not in feeds or bool(feeds[MASK].all())
+
+
+class _Fused:
+    """A rewritten model."""
+
+    def __init__(self, model: Any, count: int) -> None:
+        self.count = count
+        self.content: bytes = model.SerializeToString()
+        self.reads_mask = any(MASK in node.input for node in model.graph.node if node.op_type != "Shape")
+
+
+def fused(file: Path, *, unpadded: bool, last: bool = False, say: Callable[[str], None] = note) -> _Fused | None:
+    """*file* with fused attention; None, and a note that says why, where it stays as it is.
+
+    *last*: its logits are those of the last token, (rows, 1, vocabulary).
+    """
+    try:
+        import onnx
+    except ImportError:
+        say("onnx is not installed, so ONNX Runtime computes attention in many small steps; run: pip install onnx")
+        return None
+    from serve.engines._onnxruntime_elementwise import fuse_elementwise
+    from serve.engines._onnxruntime_fusion import fuse_attention
+    from serve.engines._onnxruntime_last import keep_last
+
+    if sum(part.stat().st_size for part in file.parent.glob(f"{file.name}*")) > LARGEST:
+        say(f"{file} is too large for its attention to be fused; ONNX Runtime runs it as it is.")
+        return None
+    model = onnx.load(str(file))
+    count = fuse_attention(model, unpadded=unpadded)
+    if not count:
+        say(
+            f"No attention in {file} has the form that ONNX Runtime fuses here, so it computes in many small steps; "
+            "of BERT-like encoders and GPT-2 the linear forms auto, matmul and gemm have it."
+        )
+    changed = [count, fuse_elementwise(model), last and keep_last(model, LOGITS)]
+    return _Fused(model, count) if any(changed) else None
