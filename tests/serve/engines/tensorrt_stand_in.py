@@ -9,9 +9,10 @@ that a second context uses (8.6), memory or addresses that were not given.
 # ruff: noqa: N802, N815 - the names are CUDA's and TensorRT's
 
 import ctypes
-import importlib.util
 import json
+import sys
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
+from export.targets.tensorrt import versions
 from serve.engines import Array
 
 
@@ -155,6 +157,7 @@ class TensorRT(ModuleType):
 
     def __init__(self, version: str, cuda: CudaRuntime) -> None:
         super().__init__("tensorrt")
+        self.__spec__ = ModuleSpec("tensorrt", None)  # other packages ask whether it is installed
         self.__version__, self.cuda, self.old = version, cuda, version.startswith("8.")
         self.builds: list[dict[str, Any]] = []
         self.says: list[str] = []
@@ -314,11 +317,6 @@ class Context:
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, folder: Path, *, version: str) -> TensorRT:
     """Have the engine find both, and keep the timing cache in *folder*."""
-    import sys
-
-    from export.targets.tensorrt import versions
-
-    assert importlib.util.find_spec("onnxruntime")
     cuda = CudaRuntime()
     trt = TensorRT(version, cuda)
     monkeypatch.setitem(sys.modules, "cuda", ModuleType("cuda"))

@@ -11,8 +11,8 @@ import pytest
 from export.manifest import Manifest
 from pst.errors import ArtifactError, EngineError
 from pst.files import read_json
-from serve.decoding import cache_inputs, empty_cache
-from serve.engines import Array, Shapes, open_engine
+from serve.decoding import Decoding, cache_inputs, empty_cache
+from serve.engines import Array, CachingEngine, Shapes, open_engine
 from serve.engines._tensorrt_lane import REPEATS
 from serve.engines.tensorrt import TensorRTEngine
 from tests.serve.engines.tensorrt_stand_in import Code, TensorRT, stand_in
@@ -314,3 +314,36 @@ def test_unused_blocks_make_room(trt: TensorRT, gpt2: Path, monkeypatch: pytest.
         with pytest.raises(EngineError, match=r"cudaMalloc \(cudaErrorStandIn\); if it is short of memory"):
             engine.pool.take(100_000)
         del block
+
+
+def test_decoding_goes_through_the_cache_on_the_gpu(trt: TensorRT, gpt2: Path) -> None:
+    shapes = Shapes(fixed=((2, 4),), others=True, new_tokens=4)
+    with open_engine(gpt2, engine="onnxruntime-cpu", threads=1) as oracle, opened(gpt2, shapes) as engine:
+        assert isinstance(engine, CachingEngine)
+        ours, theirs = Decoding(engine, pad_id=0), Decoding(oracle, pad_id=0)
+        scores = ours.join([[5, 6, 7, 8], [9, 10]]), theirs.join([[5, 6, 7, 8], [9, 10]])
+        for turn in range(8):
+            np.testing.assert_allclose(*scores, atol=1e-5)
+            tokens = scores[1].argmax(axis=-1)
+            scores = ours.step(tokens), theirs.step(tokens)
+            if turn == 3:
+                np.testing.assert_allclose(ours.join([[11]]), theirs.join([[11]]), atol=1e-5)
+                for each in (ours, theirs):
+                    each.keep(np.array([True, False, True]))
+                scores = ours.step(np.array([4, 5])), theirs.step(np.array([4, 5]))
+        used = {str(engine.plan.profiles[index]) for index in engine._lanes}
+        assert used == {"2x4+0..0", "2x1+4..8", "1x1,8x64,32x64"}
+    assert trt.cuda.memory == {}
+
+
+def test_bench_of_a_decoder(trt: TensorRT, gpt2: Path, tmp_path: Path) -> None:
+    from serve.bench.runner import bench
+
+    report = bench(
+        [gpt2], shapes=[(2, 4)], output=tmp_path / "report", threads=1, warmup=1, runs=2, engine="tensorrt",
+        new_tokens=4, receipt=False,
+    )  # fmt: skip
+    assert [each.workload for each in report.measurements] == ["2x4 prompt", "2x4 +4 tokens"]
+    (build,) = trt.builds
+    assert [profile["input_ids"] for profile in build["profiles"]] == [[[2, 4]] * 3, [[2, 1]] * 3]
+    assert [profile["past_key_values.0.key"][2][2] for profile in build["profiles"]] == [0, 8]
