@@ -36,7 +36,11 @@ def load_bindings() -> Any:
 
 
 class Cuda:
-    """The first GPU and one stream on it. Every method raises EngineError where CUDA refuses, but for capture."""
+    """The first GPU and one stream on it.
+
+    What queues, copies or allocates raises EngineError where CUDA refuses. What frees does not: after a fault CUDA
+    refuses everything, and the first error is the one to tell.
+    """
 
     def __init__(self) -> None:
         """Raise EngineError where cuda-bindings is missing, or there is no GPU that it can use."""
@@ -46,7 +50,8 @@ class Cuda:
             raise EngineError(TOO_OLD)
         if int(error) or not count:
             raise EngineError(NO_DEVICE.format(reason=_words(error) if int(error) else "CUDA finds none"))
-        self._copy, self._kind = runtime.cudaMemcpyAsync, runtime.cudaMemcpyKind
+        self._copy = runtime.cudaMemcpyAsync
+        self._in, self._out = runtime.cudaMemcpyKind(_TO_DEVICE), runtime.cudaMemcpyKind(_TO_HOST)
         self._stream = self._call("cudaStreamCreateWithFlags", _NON_BLOCKING)
         self.stream = int(self._stream)
         """Its handle, as TensorRT takes it."""
@@ -61,24 +66,24 @@ class Cuda:
 
     def free(self, address: int) -> None:
         """Of allocate."""
-        self._call("cudaFree", address)
+        self._runtime.cudaFree(address)
 
     def free_host(self, address: int) -> None:
         """Of allocate_host."""
-        self._call("cudaFreeHost", address)
+        self._runtime.cudaFreeHost(address)
 
     def to_device(self, device: int, host: int, size: int) -> None:
         """Queue a copy of *size* bytes."""
-        self._check(self._copy(device, host, size, self._kind(_TO_DEVICE), self._stream), "cudaMemcpyAsync")
+        self._check(self._copy(device, host, size, self._in, self._stream), "cudaMemcpyAsync")
 
     def to_host(self, host: int, device: int, size: int) -> None:
         """Queue a copy of *size* bytes."""
-        self._check(self._copy(host, device, size, self._kind(_TO_HOST), self._stream), "cudaMemcpyAsync")
+        self._check(self._copy(host, device, size, self._out, self._stream), "cudaMemcpyAsync")
 
     def rows_to_host(self, host: int, device: int, *, size: int, pitch: int, rows: int) -> None:
         """Queue a copy of *rows* pieces of *size* bytes, which lie *pitch* bytes apart on the GPU and together here."""
         self._check(
-            self._runtime.cudaMemcpy2DAsync(host, size, device, pitch, size, rows, self._kind(_TO_HOST), self._stream),
+            self._runtime.cudaMemcpy2DAsync(host, size, device, pitch, size, rows, self._out, self._stream),
             "cudaMemcpy2DAsync",
         )
 
@@ -131,11 +136,11 @@ class Cuda:
 
     def drop(self, graph: Any) -> None:
         """Free a captured graph."""
-        self._call("cudaGraphExecDestroy", graph)
+        self._runtime.cudaGraphExecDestroy(graph)
 
     def close(self) -> None:
         """Free the stream; the last call."""
-        self._call("cudaStreamDestroy", self._stream)
+        self._runtime.cudaStreamDestroy(self._stream)
 
     def _call(self, name: str, *arguments: Any) -> Any:
         result = getattr(self._runtime, name)(*arguments)

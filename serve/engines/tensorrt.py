@@ -149,6 +149,11 @@ class TensorRTEngine:
             cuda.free(self._workspace)
         cuda.close()
 
+    def __del__(self) -> None:
+        """Of whoever forgot to close it: memory of the GPU is not Python's to collect."""
+        if hasattr(self, "_lanes"):
+            self.close()
+
     def __enter__(self) -> Self:
         return self
 

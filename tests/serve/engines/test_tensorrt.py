@@ -1,5 +1,6 @@
 """The engine on TensorRT against stand-ins for 8.6 and 10, which compute with ONNX Runtime; real plans need a GPU."""
 
+import gc
 import shutil
 import sys
 from collections.abc import Callable
@@ -106,6 +107,27 @@ def test_where_nothing_can_be_captured_it_runs_all_the_same(trt: TensorRT, mine:
         for answer in answers[1:]:
             np.testing.assert_array_equal(answer, answers[0])
     assert "launch" not in trt.cuda.calls
+
+
+def test_what_goes_wrong_on_the_gpu_is_said_and_leaves_nothing(
+    trt: TensorRT, mine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fault(stream: int) -> tuple[Code]:
+        trt.cuda.stream.clear()
+        return (Code(700),)
+
+    with opened(mine, FIXED) as engine:
+        monkeypatch.setattr(trt.cuda, "cudaStreamSynchronize", fault)
+        with pytest.raises(EngineError, match=r"CUDA fails in cudaStreamSynchronize \(cudaErrorStandIn\)"):
+            engine.infer(feeds_of(2, 8))
+    assert trt.cuda.memory == {}
+
+
+def test_an_engine_that_nobody_closed(trt: TensorRT, mine: Path) -> None:
+    opened(mine, FIXED).infer(feeds_of(2, 8))
+    gc.collect()
+    assert trt.cuda.memory == {}
+    assert trt.cuda.streams == 0
 
 
 def test_shapes_that_no_profile_takes(trt: TensorRT, mine: Path) -> None:
