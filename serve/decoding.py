@@ -8,6 +8,9 @@
 
 Rows are padded on the left, so that all of them end at the same place. What stands at padding is masked, and positions
 do not count it: a row's tokens do not depend on the others', but for rounding.
+
+The cache stays where the engine has it (serve.engines.CachingEngine) as long as rows only go on; rows that come and go
+pass through the host.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +19,7 @@ from typing import Self
 import numpy as np
 
 from pst.errors import ArtifactError
-from serve.engines import Array, Engine, TensorSpec
+from serve.engines import Array, Cache, CachingEngine, Engine, TensorSpec
 
 PAST, PRESENT = "past_key_values.", "present."
 REMEDY = "export the model again."
@@ -44,6 +47,32 @@ def _empty(spec: TensorSpec, batch_size: int) -> Array:
     return np.zeros((batch_size, sizes[0], 0, sizes[1]), dtype=spec.dtype)
 
 
+class HostCache:
+    """The cache of an engine that keeps none: arrays, given and taken with each inference. See serve.engines.Cache."""
+
+    def __init__(self, engine: Engine, past: Mapping[str, Array]) -> None:
+        self._engine, self._past = engine, dict(past)
+
+    def extend(self, feeds: Mapping[str, Array]) -> Array:
+        """See Cache."""
+        outputs = self._engine.infer({**feeds, **self._past})
+        self._past = {name: outputs[name.replace(PAST, PRESENT, 1)] for name in self._past}
+        return outputs["logits"][:, -1]
+
+    def copy(self) -> Self:
+        """See Cache."""
+        return type(self)(self._engine, self._past)  # arrays are shared, since none is ever written to
+
+    def arrays(self) -> dict[str, Array]:
+        """See Cache."""
+        return dict(self._past)
+
+
+def open_cache(engine: Engine, past: Mapping[str, Array]) -> Cache:
+    """A cache of *past* (of empty_cache's form), on the engine's device where it keeps one."""
+    return engine.cache(past) if isinstance(engine, CachingEngine) else HostCache(engine, past)
+
+
 class Decoding:
     """Rows of a cache, which come and go between steps. Raises ArtifactError for a graph without a cache."""
 
@@ -51,7 +80,7 @@ class Decoding:
         if not has_cache(engine.inputs):
             raise ArtifactError(f"The graph has no key/value cache; {REMEDY}")
         self._engine, self._pad_id = engine, pad_id
-        self._past = empty_cache(engine.inputs, 0)  # each (rows, heads, P, width)
+        self._cache: Cache | None = None  # of no rows
         self._mask: Array = np.zeros((0, 0), dtype=np.int64)  # (rows, P), 0 for padding
         self._positions: Array = np.zeros(0, dtype=np.int64)  # (rows,) of the next token
 
@@ -60,9 +89,10 @@ class Decoding:
         return len(self._mask)
 
     def copy(self) -> Self:
-        """The same rows once more; arrays are shared, since none is ever written to."""
+        """The same rows once more, with nothing copied."""
         other = type(self)(self._engine, pad_id=self._pad_id)
-        other._past, other._mask, other._positions = self._past, self._mask, self._positions
+        other._cache = self._cache.copy() if self._cache else None
+        other._mask, other._positions = self._mask, self._positions
         return other
 
     def join(self, prompts: Sequence[Sequence[int]]) -> Array:
@@ -73,24 +103,31 @@ class Decoding:
         for place, prompt in enumerate(prompts):
             ids[place, longest - len(prompt) :], mask[place, longest - len(prompt) :] = prompt, 1
         positions = np.maximum(mask.cumsum(axis=1) - 1, 0)
-        logits, past = self._run(ids, mask, positions, empty_cache(self._engine.inputs, len(prompts)))
-        if len(self):
+        cache = open_cache(self._engine, empty_cache(self._engine.inputs, len(prompts)))
+        logits = cache.extend({"input_ids": ids, "attention_mask": mask, "position_ids": positions})
+        if self._cache is not None:
             length = max(self._mask.shape[1], longest)
-            both = (self._mask, mask)
-            mask = np.concatenate([_left_padded(each, length, axis=1) for each in both])
-            past = {
-                name: np.concatenate([_left_padded(each, length, axis=2) for each in (self._past[name], new)])
-                for name, new in past.items()
-            }
-        self._past, self._mask = past, mask
+            mask = np.concatenate([_left_padded(each, length, axis=1) for each in (self._mask, mask)])
+            old, new = self._cache.arrays(), cache.arrays()
+            cache = open_cache(
+                self._engine,
+                {
+                    name: np.concatenate([_left_padded(each[name], length, axis=2) for each in (old, new)])
+                    for name in new
+                },
+            )
+        self._cache, self._mask = cache, mask
         self._positions = np.concatenate([self._positions, positions[:, -1] + 1])
         return logits
 
     def step(self, tokens: Array) -> Array:
         """Read one token of each row, (rows,) of whole numbers; the scores of what follows, (rows, V)."""
+        assert self._cache is not None, "a decoding without rows has no next step"
         ids = tokens[:, None].astype(np.int64)
         mask = np.concatenate([self._mask, np.ones_like(ids)], axis=1)
-        logits, self._past = self._run(ids, mask, self._positions[:, None], self._past)
+        logits = self._cache.extend(
+            {"input_ids": ids, "attention_mask": mask, "position_ids": self._positions[:, None]}
+        )
         self._mask, self._positions = mask, self._positions + 1
         return logits
 
@@ -100,12 +137,10 @@ class Decoding:
             return
         mask = self._mask[rows]
         first = int(mask.any(axis=0).argmax()) if len(mask) else mask.shape[1]
-        self._past = {name: cache[rows, :, first:] for name, cache in self._past.items()}
+        if self._cache is not None:
+            kept = {name: cache[rows, :, first:] for name, cache in self._cache.arrays().items()}
+            self._cache = open_cache(self._engine, kept) if len(mask) else None
         self._mask, self._positions = mask[:, first:], self._positions[rows]
-
-    def _run(self, ids: Array, mask: Array, positions: Array, past: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
-        outputs = self._engine.infer({"input_ids": ids, "attention_mask": mask, "position_ids": positions} | past)
-        return outputs["logits"][:, -1], {name: outputs[name.replace(PAST, PRESENT, 1)] for name in past}
 
 
 def _left_padded(value: Array, length: int, *, axis: int) -> Array:

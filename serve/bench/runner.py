@@ -22,7 +22,7 @@ from serve.bench.workload import (
     random_workload,
     text_workload,
 )
-from serve.decoding import Decoding, cache_inputs
+from serve.decoding import Decoding, cache_inputs, empty_cache, open_cache
 from serve.describe import ModelFolder, describe, vocab_size
 from serve.engines import Engine, Shapes, available_cpus, open_engine
 from serve.evaluate import evaluate
@@ -204,6 +204,10 @@ def _call(engine: Engine, workload: Workload) -> Callable[[int], object]:
     if workload.new_tokens:
         return _continue(engine, workload)
     feeds = [workload.feeds_of(index, engine.inputs) for index in range(len(workload.feeds))]
+    past = empty_cache(engine.inputs, workload.batch)
+    if past:  # the scores of what follows the prompt, with the cache left where it is
+        prompt = {name: array for name, array in feeds[0].items() if name not in past}
+        return lambda index: open_cache(engine, past).extend(prompt)
     return lambda index: engine.infer(feeds[index % len(feeds)])
 
 

@@ -131,6 +131,34 @@ class ProfilingEngine(Engine, Protocol):
         ...
 
 
+class Cache(Protocol):
+    """Keys and values of the rows that a decoder has read, where its runtime keeps them."""
+
+    def extend(self, feeds: Mapping[str, Array]) -> Array:
+        """Read the tokens of *feeds*, which are the engine's inputs but for the past, and keep theirs as well.
+
+        The scores of what follows the last token, (rows, vocabulary). Raises EngineError, and is as before then.
+        """
+        ...
+
+    def copy(self) -> Self:
+        """The same rows once more, to go their own way; nothing is computed or moved."""
+        ...
+
+    def arrays(self) -> dict[str, Array]:
+        """On the host, by the names of the engine's inputs: (rows, heads, tokens, width) each, the caller's."""
+        ...
+
+
+@runtime_checkable
+class CachingEngine(Engine, Protocol):
+    """An engine that keeps a decoder's cache on its device."""
+
+    def cache(self, past: Mapping[str, Array]) -> Cache:
+        """A cache of *past*, arrays by the names of the inputs that take it; of no tokens where a text begins."""
+        ...
+
+
 class _EngineModule(Protocol):
     def open_path(self, path: Path, *, variant: str, threads: int, shapes: Shapes) -> Engine: ...
 

@@ -3,9 +3,13 @@
 One artifact becomes up to two sessions. Where no text of a batch is padded, as with one text or with texts of one
 length, the mask says nothing, and the session without it has the fastest kernels. The other opens with the first padded
 batch. A fused graph is compared with the file as it is, on the device and with random tokens, before it is used.
+
+A decoder's cache wants the scores of the last token alone. Its sessions compute no others, and open apart from those of
+infer, which gives the scores of every token.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +20,7 @@ from serve.describe import vocab_size
 from serve.engines import Array, TensorSpec
 from serve.engines._onnxruntime_device import DeviceSession
 
-MASK, PAST = "attention_mask", "past_key_values."
+MASK, PAST, LOGITS = "attention_mask", "past_key_values.", "logits"
 _INPUTS = ("input_ids", MASK, "position_ids", "token_type_ids")
 LARGEST = 1_900_000_000
 """Bytes of a model that is rewritten: a session takes one from memory up to protobuf's 2 GB."""
@@ -48,59 +52,77 @@ class FusedSessions:
         self._device, self._inputs, self._outputs, self._shapes = device, inputs, outputs, shapes
         self._max_length = max_length
         self._cached = [name for name in inputs if name.startswith(PAST)]
-        self._sessions: dict[bool, DeviceSession] = {}
+        self._sessions: dict[_Kind, DeviceSession] = {}
+        self._said: set[str] = set()
         self.fused = 0
         """Attentions that are one operator."""
-        self._session_for(unpadded=True)
+        self._session_for(_Kind(unpadded=True, last=bool(self._cached)))
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Outputs by name of feeds that fit."""
-        return self._session_for(unpadded=MASK not in feeds or bool(feeds[MASK].all())).run(feeds)
+        session = self._session_for(_Kind(unpadded=_is_unpadded(feeds), last=False))
+        if not self._cached:
+            return session.run(feeds)
+        # Of a decoder's large outputs no buffers are kept.
+        values = session.session.run(list(self._outputs), dict(feeds))
+        return dict(zip(self._outputs, values, strict=True))
 
     def session_for(self, feeds: Mapping[str, Array]) -> Any:
-        """The InferenceSession that *feeds* would run in."""
-        return self._session_for(unpadded=MASK not in feeds or bool(feeds[MASK].all())).session
+        """The InferenceSession that continues *feeds*; it may give the scores of the last token alone."""
+        return self._session_for(_Kind(unpadded=_is_unpadded(feeds), last=True)).session
 
-    def _session_for(self, *, unpadded: bool) -> DeviceSession:
-        if unpadded not in self._sessions:
-            model = self._fused(unpadded=unpadded) if self._known_inputs() else None
-            if unpadded and (model is None or model.reads_mask):
+    def _session_for(self, kind: "_Kind") -> DeviceSession:
+        if kind not in self._sessions:
+            model = self._fused(kind)
+            if kind.unpadded and (model is None or model.reads_mask):
                 # The mask is still read: one session does for all.
-                self._sessions[True] = self._session_for(unpadded=False)
-                return self._sessions[True]
-            self._sessions[unpadded] = self._device_session(str(self._file) if model is None else model.content)
-            if model is not None and not self._agrees(self._sessions[unpadded], unpadded=unpadded):
+                self._sessions[kind] = self._session_for(_Kind(unpadded=False, last=kind.last))
+                return self._sessions[kind]
+            self._sessions[kind] = self._device_session(str(self._file) if model is None else model.content, kind)
+            if model is not None and not self._agrees(self._sessions[kind], kind):
                 note(
                     f"ONNX Runtime computes something else with fused attention than without it in {self._file}; "
                     "it runs as the file is. Please report this."
                 )
-                self._sessions[unpadded].close()
+                self._sessions[kind].close()
                 self.fused = 0
-                self._sessions[unpadded] = self._device_session(str(self._file))
-        return self._sessions[unpadded]
+                self._sessions[kind] = self._device_session(str(self._file), kind)
+        return self._sessions[kind]
 
-    def _device_session(self, model: Any) -> DeviceSession:
+    def _device_session(self, model: Any, kind: "_Kind") -> DeviceSession:
         return DeviceSession(
             self._runtime, lambda graphs: self._open(model, graphs), device=self._device, inputs=self._inputs,
             outputs=self._outputs, graphs=self._device == "cuda" and not self._cached, shapes=self._shapes,
         )  # fmt: skip
 
+    def _say(self, text: str) -> None:
+        """A note, once for all sessions."""
+        if text not in self._said:
+            self._said.add(text)
+            note(text)
+
     def _known_inputs(self) -> bool:
         """Whether what the model reads can be made up, so that a fused graph can be compared."""
         return set(self._inputs) <= {*_INPUTS, *self._cached}
 
-    def _fused(self, *, unpadded: bool) -> "_Fused | None":
-        found = fused(self._file, unpadded=unpadded)
+    def _fused(self, kind: "_Kind") -> "_Fused | None":
+        if not self._known_inputs():
+            self._say(f"{self._file} has inputs of its own, so nothing in it is fused; ONNX Runtime runs it as it is.")
+            return None
+        found = fused(self._file, unpadded=kind.unpadded, last=kind.last, say=self._say)
         self.fused = found.count if found else 0
         return found
 
-    def _agrees(self, session: DeviceSession, *, unpadded: bool) -> bool:
-        feeds = self._random_feeds(unpadded=unpadded)
-        expected = self._open(str(self._file), False).run(list(self._outputs), feeds)
+    def _agrees(self, session: DeviceSession, kind: "_Kind") -> bool:
+        feeds, names = self._random_feeds(unpadded=kind.unpadded), list(self._outputs)
+        expected = self._open(str(self._file), False).run(names, feeds)
+        given = session.session.run(names, feeds) if self._cached else list(session.run(feeds).values())
+        if kind.last:
+            expected[names.index(LOGITS)] = expected[names.index(LOGITS)][:, -1:]
         return all(
             float(np.abs(one.astype(np.float32) - other.astype(np.float32)).max())
             <= AGREES * float(np.abs(one.astype(np.float32)).max())
-            for one, other in zip(expected, session.run(feeds).values(), strict=True)
+            for one, other in zip(expected, given, strict=True)
         )
 
     def _random_feeds(self, *, unpadded: bool) -> dict[str, Array]:
@@ -129,6 +151,20 @@ class FusedSessions:
         self._sessions.clear()
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Kind:
+    """What a session is for."""
+
+    unpadded: bool
+    """Masks of ones alone."""
+    last: bool
+    """The scores of the last token alone."""
+
+
+def _is_unpadded(feeds: Mapping[str, Array]) -> bool:
+    return MASK not in feeds or bool(feeds[MASK].all())
+
+
 class _Fused:
     """A rewritten model."""
 
@@ -138,24 +174,29 @@ class _Fused:
         self.reads_mask = any(MASK in node.input for node in model.graph.node if node.op_type != "Shape")
 
 
-def fused(file: Path, *, unpadded: bool) -> _Fused | None:
-    """*file* with fused attention; None, and a note that says why, where it stays as it is."""
+def fused(file: Path, *, unpadded: bool, last: bool = False, say: Callable[[str], None] = note) -> _Fused | None:
+    """*file* with fused attention; None, and a note that says why, where it stays as it is.
+
+    *last*: its logits are those of the last token, (rows, 1, vocabulary).
+    """
     try:
         import onnx
     except ImportError:
-        note("onnx is not installed, so ONNX Runtime computes attention in many small steps; run: pip install onnx")
+        say("onnx is not installed, so ONNX Runtime computes attention in many small steps; run: pip install onnx")
         return None
     from serve.engines._onnxruntime_elementwise import fuse_elementwise
     from serve.engines._onnxruntime_fusion import fuse_attention
+    from serve.engines._onnxruntime_last import keep_last
 
     if sum(part.stat().st_size for part in file.parent.glob(f"{file.name}*")) > LARGEST:
-        note(f"{file} is too large for its attention to be fused; ONNX Runtime runs it as it is.")
+        say(f"{file} is too large for its attention to be fused; ONNX Runtime runs it as it is.")
         return None
     model = onnx.load(str(file))
     count = fuse_attention(model, unpadded=unpadded)
     if not count:
-        note(
+        say(
             f"No attention in {file} has the form that ONNX Runtime fuses here, so it computes in many small steps; "
             "of BERT-like encoders and GPT-2 the linear forms auto, matmul and gemm have it."
         )
-    return _Fused(model, count) if fuse_elementwise(model) or count else None
+    changed = [count, fuse_elementwise(model), last and keep_last(model, LOGITS)]
+    return _Fused(model, count) if any(changed) else None

@@ -21,7 +21,8 @@ import numpy as np
 
 from pst.errors import ArtifactError, EngineError
 from serve.describe import max_positions
-from serve.engines import ANY_SHAPE, Array, Profiler, Shapes, TensorSpec, check_feeds
+from serve.engines import ANY_SHAPE, Array, Cache, Profiler, Shapes, TensorSpec, check_feeds
+from serve.engines._onnxruntime_cache import OrtCache
 from serve.engines._onnxruntime_cuda import FusedSessions
 from serve.engines._onnxruntime_providers import CUDA, TENSORRT, Providers, providers_of, with_graphs
 
@@ -116,6 +117,18 @@ class OnnxRuntimeEngine:
         except Exception as error:  # the runtime's exceptions have no common base but this
             raise EngineError(f"ONNX Runtime failed to run the model: {_first_line(error)}.") from error
         return dict(zip(names, values, strict=True))
+
+    def cache(self, past: Mapping[str, Array]) -> Cache:
+        """See CachingEngine: OrtValues, fed back as they come."""
+        return OrtCache.of(
+            self._runtime, self._session_for, past, device="cpu" if self._fused is None else "cuda",
+            inputs=self.inputs, max_length=self.max_length,
+        )  # fmt: skip
+
+    def _session_for(self, feeds: Mapping[str, Array]) -> Any:
+        if self._closed:
+            raise EngineError("The engine is closed; open it again.")
+        return self._session if self._fused is None else self._fused.session_for(feeds)
 
     def profiler(self) -> Profiler:
         """See ProfilingEngine; on the CPU alone, because CUDA's kernels run on after their node has ended."""

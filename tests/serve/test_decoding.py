@@ -64,7 +64,8 @@ def test_padding_goes_with_the_row_that_needed_it(exported: Exported) -> None:
         decoding = model.decoding()
         decoding.join([list(range(4, 34)), [8]])
         decoding.keep(np.array([False, True]))
-        assert {cache.shape for cache in decoding._past.values()} == {(1, 2, 1, 16)}
+        assert decoding._cache is not None
+        assert {cache.shape for cache in decoding._cache.arrays().values()} == {(1, 2, 1, 16)}
         decoding.keep(np.array([False]))
         assert len(decoding) == 0
         assert decoding.join([[5, 6]]).shape == (1, 35)

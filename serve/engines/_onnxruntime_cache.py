@@ -1,0 +1,91 @@
+"""A decoder's cache as values of ONNX Runtime, which stay on the device from one step to the next.
+
+What a run gives as present is what the next one reads as past: no copy, and on a GPU no way through the host. A value
+is never written to, so that copies of a cache share theirs.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+import numpy as np
+
+from pst.errors import EngineError
+from serve.engines import Array, TensorSpec, check_feeds
+
+PAST, PRESENT, LOGITS = "past_key_values.", "present.", "logits"
+
+SessionFor = Callable[[Mapping[str, Array]], Any]
+"""The session that shall run these feeds; raises EngineError once the engine is closed."""
+
+
+class OrtCache:
+    """See serve.engines.Cache."""
+
+    def __init__(
+        self,
+        runtime: Any,
+        session_for: SessionFor,
+        past: Mapping[str, Any],
+        *,
+        device: str,
+        inputs: Mapping[str, TensorSpec],
+        max_length: int | None,
+    ) -> None:
+        """*past* has an OrtValue of *device* for each input that takes the cache."""
+        self._runtime, self._session_for, self._past = runtime, session_for, dict(past)
+        self._device, self._max_length = device, max_length
+        self._inputs = {name: spec for name, spec in inputs.items() if not name.startswith(PAST)}
+
+    @classmethod
+    def of(
+        cls,
+        runtime: Any,
+        session_for: SessionFor,
+        past: Mapping[str, Array],
+        *,
+        device: str,
+        inputs: Mapping[str, TensorSpec],
+        max_length: int | None,
+    ) -> Self:
+        """From arrays, which are copied."""
+        check_feeds({name: spec for name, spec in inputs.items() if name.startswith(PAST)}, past, max_length=None)
+        values = {
+            name: runtime.OrtValue.ortvalue_from_numpy(np.array(array, order="C"), device, 0)
+            for name, array in past.items()
+        }
+        return cls(runtime, session_for, values, device=device, inputs=inputs, max_length=max_length)
+
+    def extend(self, feeds: Mapping[str, Array]) -> Array:
+        """See Cache."""
+        check_feeds(self._inputs, feeds, max_length=self._max_length)
+        library = self._runtime.capi.onnxruntime_pybind11_state
+        session = self._session_for(feeds)
+        given, made = library.OrtValueVector(), library.OrtValueVector()
+        kept = [self._runtime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(feeds[name])) for name in self._inputs]
+        for value in (*kept, *self._past.values()):
+            given.push_back(value._get_c_value())
+        outputs = [LOGITS, *(name.replace(PAST, PRESENT, 1) for name in self._past)]
+        host, device = (self._runtime.OrtDevice.make(where, 0)._get_c_device() for where in ("cpu", self._device))
+        options = self._runtime.RunOptions()
+        options.log_severity_level = 4
+        try:
+            session.run_with_ortvaluevector(
+                options, [*self._inputs, *self._past], given, outputs, made, [host, *(device for _ in self._past)]
+            )
+        except Exception as error:  # the runtime's exceptions have no common base but this
+            said = str(error).strip().splitlines()[0].rpartition(" : ")[2].rstrip(". ")
+            raise EngineError(f"ONNX Runtime failed to run the model: {said}.") from error
+        self._past = {
+            name: self._runtime.OrtValue(value) for name, value in zip(self._past, list(made)[1:], strict=True)
+        }
+        return np.array(made[0].numpy()[:, -1])
+
+    def copy(self) -> Self:
+        """See Cache."""
+        other = object.__new__(type(self))
+        other.__dict__ = dict(self.__dict__)  # values are shared, and none is written to
+        return other
+
+    def arrays(self) -> dict[str, Array]:
+        """See Cache."""
+        return {name: np.array(value.numpy()) for name, value in self._past.items()}
