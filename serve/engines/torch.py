@@ -1,7 +1,8 @@
 """PyTorch, as the baseline that every other runtime is checked against: a Hugging Face classifier folder.
 
 The only module of this layer that imports torch and transformers, and only once a model is opened.
-Variants: ``torch`` and ``auto`` use a GPU where there is one; ``torch-cpu`` and ``torch-cuda`` say which.
+Variants: ``torch`` and ``auto`` use a GPU where there is one; ``torch-cpu`` and ``torch-cuda`` say which, and -fp16,
+-compiled and -sparse say more, see _torch_variant.py. Products of float32 are never rounded to TensorFloat-32.
 """
 
 import importlib
@@ -14,9 +15,11 @@ from typing import Any, Self
 import numpy as np
 
 from pst.errors import EngineError, ModelError
-from pst.files import resolve_model
+from pst.files import refuse_language_model, resolve_model
 from serve.describe import max_positions
 from serve.engines import ANY_SHAPE, Array, Shapes, TensorSpec, check_feeds
+from serve.engines._torch_sparse import SparseWeights, compress_
+from serve.engines._torch_variant import parse_variant
 
 MISSING = 'PyTorch and transformers are needed for this; install them with: pip install "sparse-pst[train,cpu]".'
 AXES: tuple[str, ...] = ("batch_size", "sequence_length")
@@ -30,24 +33,31 @@ def _load_libraries() -> tuple[Any, Any]:
 
 
 class TorchEngine:
-    """AutoModelForSequenceClassification in evaluation mode, in float32, with the protocol of serve.engines.Engine."""
+    """AutoModelForSequenceClassification in evaluation mode, with the protocol of serve.engines.Engine."""
 
-    def __init__(self, path: Path, *, variant: str, threads: int) -> None:
-        if variant not in ("", "auto", "cpu", "cuda"):
-            raise EngineError(f"torch-{variant} is not an engine; choose torch, torch-cpu or torch-cuda.")
+    def __init__(self, path: Path, *, variant: str, threads: int, shapes: Shapes = ANY_SHAPE) -> None:
+        asked = parse_variant(variant)
         folder = resolve_model(path)
         if not (folder / "config.json").is_file():
             raise ModelError(f"{path} holds no config.json; the engine torch wants a Hugging Face model folder.")
+        refuse_language_model(folder)
         self._torch, transformers = _load_libraries()
-        if variant == "cuda" and not self._torch.cuda.is_available():
+        has_gpu = bool(self._torch.cuda.is_available())
+        if asked.device == "cuda" and not has_gpu:
             raise EngineError("PyTorch sees no CUDA device on this machine; choose the engine torch-cpu.")
-        self._device = "cuda" if variant != "cpu" and self._torch.cuda.is_available() else "cpu"
+        self._device = asked.device or ("cuda" if has_gpu else "cpu")
         start = time.perf_counter()
         self._model: Any = _load_model(self._torch, transformers, folder).to(self._device).eval()
-        self.load_ms = (time.perf_counter() - start) * 1000
-        self.name = f"torch-{self._device}"
-        self.threads = threads
+        if asked.half:
+            self._model = self._model.half()
+        self._sparse = self._compress(folder) if asked.sparse else None
         config = self._model.config
+        self._compiled = asked.compiled
+        if asked.compiled:
+            self._model = self._compile(shapes)
+        self.load_ms = (time.perf_counter() - start) * 1000
+        self.name = asked.name(self._device)
+        self.threads = threads
         # The tokenizer of a model with one or no segment type does not write token types (RoBERTa, GPT-2, DistilBERT).
         names = ["input_ids", "attention_mask"]
         if (getattr(config, "type_vocab_size", 0) or 0) > 1:
@@ -60,6 +70,28 @@ class TorchEngine:
         }
         self.max_length = max_positions(folder)
 
+    @property
+    def sparse_weights(self) -> frozenset[str]:
+        """Names of the weights that run in 2:4 kernels; none of a variant without ``sparse``."""
+        return frozenset(self._sparse.sparse if self._sparse else ())
+
+    @property
+    def dense_weights(self) -> Mapping[str, str]:
+        """Of ``sparse``: why each other prunable weight does not, by its name."""
+        return dict(self._sparse.dense) if self._sparse else {}
+
+    def _compress(self, folder: Path) -> SparseWeights:
+        prunable = importlib.import_module("pst.sparsify").prunable_weights(self._model)
+        return compress_(self._torch, prunable, where=str(folder))
+
+    def _compile(self, shapes: Shapes) -> Any:
+        """Compiled with the first inference: for each of the announced shapes if there are no others, else for all."""
+        if not shapes.others:
+            limit = self._torch._dynamo.config
+            limit.recompile_limit = max(limit.recompile_limit, len(shapes.fixed) + 1)
+        mode = "reduce-overhead" if self._device == "cuda" else "default"
+        return self._torch.compile(self._model, mode=mode, dynamic=shapes.others)
+
     def infer(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """``logits``, shape (batch, labels); raises EngineError for feeds that do not fit."""
         if self._model is None:
@@ -68,9 +100,17 @@ class TorchEngine:
         torch = self._torch
         if torch.get_num_threads() != self.threads:
             torch.set_num_threads(self.threads)  # one setting for the whole process, so every call makes sure of it
-        with torch.inference_mode():
-            tensors = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in feeds.items()}
-            logits = self._model(**{name: tensor.to(self._device) for name, tensor in tensors.items()}).logits
+        if self._sparse is not None and not self._compiled:
+            self._sparse.choose(feeds["input_ids"].size)
+        try:
+            with torch.inference_mode():
+                tensors = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in feeds.items()}
+                logits = self._model(**{name: tensor.to(self._device) for name, tensor in tensors.items()}).logits
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = str(error).strip().splitlines()[0].rstrip(".")
+            raise EngineError(
+                f"PyTorch cannot compile the model ({reason}); choose the engine {self.name.removesuffix('-compiled')}."
+            ) from error
         return {"logits": logits.float().cpu().numpy()}
 
     def close(self) -> None:
@@ -115,5 +155,5 @@ def _load_model(torch: Any, transformers: Any, folder: Path) -> Any:
 
 
 def open_path(path: Path, *, variant: str, threads: int, shapes: Shapes = ANY_SHAPE) -> TorchEngine:
-    """Open a run or model folder; serve.engines.open_engine calls this. Any shape will do."""
-    return TorchEngine(path, variant=variant, threads=threads)
+    """Open a run or model folder; serve.engines.open_engine calls this."""
+    return TorchEngine(path, variant=variant, threads=threads, shapes=shapes)
