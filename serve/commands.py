@@ -55,8 +55,14 @@ def bench(
     artifacts: Annotated[list[Path], typer.Argument(help="Artifacts; the first is the baseline of the ratios.")],
     output: Output,
     shapes: Annotated[str, typer.Option(help="Batch x tokens, separated by commas.")] = "1x32,1x128,8x128",
-    runs: Annotated[int, typer.Option(min=1, help="Timed inferences of each artifact at each shape.")] = 100,
+    runs: Annotated[int, typer.Option(min=1, help="Least timed inferences of each artifact at each shape.")] = 100,
     warmup: Annotated[int, typer.Option(min=1, help="Untimed inferences before them.")] = 10,
+    precision: Annotated[
+        float,
+        typer.Option(
+            help="Half width of a ratio's interval, relative to the ratio, that ends a shape; 0 ends it after --runs."
+        ),
+    ] = 0.01,
     budget: Annotated[float, typer.Option(min=0.1, help="Most seconds for all shapes together.")] = 120.0,
     threads: Threads = 0,
     engine: EngineName = "auto",
@@ -71,7 +77,9 @@ def bench(
     """Measure latency, several artifacts in turn in one process: p50, p90, p99, mean, throughput, and the ratio.
 
     Writes report.json, report.md and report.html. With --data, real texts are measured too, and the accuracy stands
-    beside. The receipt tells of every layer which kernel ran, for how long, and why it was not a sparse one.
+    beside. A shape is measured until the interval of every ratio is narrow enough (--precision), or --budget is spent;
+    the report says which, and how narrow it is.
+    The receipt tells of every layer which kernel ran, for how long, and why it was not a sparse one.
     Of language models the prompt and the tokens after it are measured apart.
     """
     from serve.bench.runner import bench as run
@@ -87,6 +95,7 @@ def bench(
         data=data_spec(data, sets),
         command=shlex.join(["pst", *sys.argv[1:]]),
         engine=engine,
+        precision=precision,
         budget_s=budget,
         receipt=receipt,
         new_tokens=new_tokens,

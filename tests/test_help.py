@@ -25,8 +25,8 @@ FLAGS = {
     "export": "source --output -o --format --task --opset --precision --linear-form --activations --storage --data "
     "--set --profile --compute-capability --atol --rtol --external-data --overwrite",
     "eval": "path --data --set --engine --batch-size --threads --predictions --json",
-    "bench": "artifacts --output -o --shapes --runs --warmup --budget --threads --engine --new-tokens --data "
-    "--set --receipt --no-receipt --overwrite",
+    "bench": "artifacts --output -o --shapes --runs --warmup --precision --budget --threads --engine --new-tokens "
+    "--data --set --receipt --no-receipt --overwrite",
     "report": "first second --json",
     "inspect": "path --json",
     "serve": "artifact --host --port --threads --engine --max-batch-size --max-queue-delay-ms --max-queue-size",

@@ -50,6 +50,7 @@ def page(report: Mapping[str, Any], *, machine: Sequence[tuple[str, str]]) -> st
     parts += ["<h2>Artifacts</h2>", _artifacts(report, color), "<h2>Latency</h2>", _key(color), _latency(report, color)]
     if len(names) > 1:
         parts += [f"<h2>Speed against {escape(names[0])}</h2>", _ratios(report, color)]
+    parts += [f'<p class="soft">{escape(sentence)}</p>' for sentence in report.get("notes", ())]
     if any(artifact["accuracy"] for artifact in report["artifacts"]):
         parts += ["<h2>Accuracy and speed</h2>", _frontier(report, color)]
     if report.get("receipts"):

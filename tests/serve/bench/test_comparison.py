@@ -83,7 +83,7 @@ def test_what_is_no_report_is_refused(tmp_path: Path) -> None:
     (tmp_path / "newer.json").write_text('{"schema_version": 9, "measurements": []}')
     with pytest.raises(RunError, match=r"is not a report of pst bench; give the report\.json"):
         compare_reports(good, tmp_path / "other.json")
-    with pytest.raises(RunError, match="schema version 9, this program reads up to 1; update it"):
+    with pytest.raises(RunError, match="schema version 9, this program reads up to 2; update it"):
         compare_reports(tmp_path / "newer.json", good)
     with pytest.raises(RunError, match=r"give the report\.json"):
         compare_reports(good, tmp_path / "nowhere")

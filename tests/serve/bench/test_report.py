@@ -81,7 +81,7 @@ def measurement(
     output = tmp_path_factory.mktemp("bench") / "report"
     report = bench(
         [bert_artifact, sparse_artifact], shapes=[(1, 8), (4, 16)], output=output, threads=1, warmup=2, runs=12,
-        data=DataSpec(data=str(reviews_file)), command="pst bench a b",
+        precision=0, data=DataSpec(data=str(reviews_file)), command="pst bench a b",
     )  # fmt: skip
     return report, output
 
@@ -90,7 +90,7 @@ def test_report_json(measurement: tuple[Report, Path]) -> None:
     report, output = measurement
     content = json.loads((output / "report.json").read_text(encoding="utf-8"))
     assert content == json.loads(json.dumps(report.to_json()))
-    assert content["schema_version"] == 1
+    assert content["schema_version"] == 2
     assert content["baseline"] == "bert"
     assert [(entry["name"], entry["pattern"]) for entry in content["artifacts"]] == [
         ("bert", "dense"),
