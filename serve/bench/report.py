@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from pst.files import write_json
+from serve.bench.gpu import Energy
 from serve.bench.html import page
+from serve.bench.memory import Memory
 from serve.bench.receipt import Receipt
 from serve.bench.receipt_text import receipt_table, summary
 from serve.bench.report_tables import artifact_table, latency_table, machine_lines, markdown_table, show_ratio
@@ -35,6 +37,17 @@ GENERATION = (
     "Each reads the likeliest token of the one before, and none ends the text."
 )
 """What is added where language models were measured."""
+MEMORY = (
+    " Host memory is what the process grew by while an artifact was loaded and made its first inferences, at the peak; "
+    "all are in one process, so that the first one's also holds the runtime's libraries, and what one gives back "
+    "another may use unseen."
+)
+DEVICE = (
+    " GPU memory is what the whole GPU's use grew by in the meantime. Energy (mJ) is that of the whole GPU, idle power "
+    "included, for what the times are of, as a mean: from one step of the driver's counter to another, over a second "
+    "or more of them in a row."
+)
+"""What is added where a GPU was read."""
 SPARSE_FROM = 0.05
 """Share of zeros from which a model counts as sparse though it names no pattern."""
 ZEROS = (
@@ -67,6 +80,9 @@ class Subject:
     size_bytes: int
     load_ms: float
     accuracy: Accuracy | None
+    plan_bytes: int | None = None
+    """What the runtime made of the file and keeps for the next time; None where it keeps nothing."""
+    memory: Memory | None = None
 
     @property
     def is_sparse(self) -> bool:
@@ -88,6 +104,8 @@ class Measurement:
     speedup: Speedup | None
     new_tokens: int = 0
     """Tokens of each row that the latency is the time of; 0 where it is that of one inference."""
+    energy: Energy | None = None
+    """None on the CPU, or where the GPU does not tell."""
 
     @property
     def per_token_ms(self) -> float | None:
@@ -111,6 +129,8 @@ class Report:
     """Of each artifact and shape whose layers the engine could tell apart."""
     stopped: Mapping[str, Stopped] = field(default_factory=dict)
     """By workload: why its measurement ended."""
+    process_peak_bytes: int | None = None
+    """The most memory of the host that all artifacts together had while they were loaded and warmed up."""
 
     def of(self, subject: str) -> list[Measurement]:
         """One artifact's measurements, in the workloads' order."""
@@ -119,7 +139,10 @@ class Report:
     @property
     def method(self) -> str:
         """What was timed, and how."""
-        return METHOD + (GENERATION if any(entry.new_tokens for entry in self.measurements) else "")
+        said = METHOD + (GENERATION if any(entry.new_tokens for entry in self.measurements) else "")
+        memories = [subject.memory for subject in self.subjects if subject.memory is not None]
+        said += MEMORY if any(memory.host_peak is not None for memory in memories) else ""
+        return said + (DEVICE if any(memory.device is not None for memory in memories) else "")
 
     def verdicts(self) -> list[str]:
         """One sentence for every artifact but the baseline."""
@@ -149,10 +172,12 @@ class Report:
                     "new_tokens": entry.new_tokens,
                     "per_token_ms": entry.per_token_ms,
                     "tokens_per_s": entry.tokens_per_s,
+                    "energy": None if entry.energy is None else entry.energy.to_json(),
                 }
                 for entry in self.measurements
             ],
             "stopped": {workload: why.to_json() for workload, why in self.stopped.items()},
+            "process_peak_bytes": self.process_peak_bytes,
             "notes": self.notes(),
             "verdicts": self.verdicts(),
             "receipts": [receipt.to_json() for receipt in self.receipts],

@@ -11,6 +11,8 @@ from pst.errors import ArtifactError, ConfigError
 from pst.files import atomic_folder, refuse_existing, resolve_model
 from pst.progress import progress
 from serve.bench.environment import environment
+from serve.bench.gpu import Gpu, measure_energy, open_gpu
+from serve.bench.memory import Memory, MemoryWatch
 from serve.bench.receipt import receipts
 from serve.bench.report import Accuracy, Measurement, Report, Subject
 from serve.bench.stopping import PRECISION, Stopped, StopRule
@@ -72,21 +74,31 @@ def bench(
     machine = environment(command=command, threads=threads)
     folders = {name: _describe(path) for name, path in names.items()}
     accuracy = _accuracy(names, data, engine=engine, threads=threads)
+    gpu = open_gpu()
+    memory = MemoryWatch(gpu)
     with contextlib.ExitStack() as stack:
         engines: dict[str, Engine] = {}
-        subjects: list[Subject] = []
         for name, path in names.items():
-            engines[name] = stack.enter_context(open_engine(path, engine=engine, threads=threads))
-            subjects.append(_subject(name, path, folders[name], engines[name], accuracy=accuracy.get(name)))
+            with memory.of(name):
+                engines[name] = stack.enter_context(open_engine(path, engine=engine, threads=threads))
         new_tokens = new_tokens if _generate(engines) else 0
         check_shapes(shapes, {name: opened.max_length for name, opened in engines.items()}, new_tokens=new_tokens)
         workloads = _workloads(shapes, names, folders, data, new_tokens=new_tokens)
         measurements, stopped = _measure(
-            engines, workloads, warmup=warmup, runs=runs, precision=precision, budget_s=budget_s
+            engines, workloads, memory, gpu, warmup=warmup, runs=runs, precision=precision, budget_s=budget_s
+        )
+        subjects = tuple(
+            _subject(name, path, folders[name], engines[name], accuracy=accuracy.get(name), memory=memory.found(name))
+            for name, path in names.items()
         )
         found = receipts(engines, _manifests(names), workloads) if receipt else ()
     report = Report(
-        environment=machine, subjects=tuple(subjects), measurements=measurements, receipts=found, stopped=stopped
+        environment=machine,
+        subjects=subjects,
+        measurements=measurements,
+        receipts=found,
+        stopped=stopped,
+        process_peak_bytes=memory.process_peak,
     )
     with atomic_folder(output, overwrite=overwrite) as folder:
         report.write(folder)
@@ -120,7 +132,7 @@ def _manifests(names: Mapping[str, Path]) -> dict[str, Manifest]:
 
 
 def _subject(
-    name: str, path: Path, folder: ModelFolder | None, engine: Engine, *, accuracy: Accuracy | None
+    name: str, path: Path, folder: ModelFolder | None, engine: Engine, *, accuracy: Accuracy | None, memory: Memory
 ) -> Subject:
     file = path if path.is_file() else path / "model.onnx"
     return Subject(
@@ -132,6 +144,8 @@ def _subject(
         size_bytes=folder.size_bytes if folder else file.stat().st_size,
         load_ms=engine.load_ms,
         accuracy=accuracy,
+        plan_bytes=getattr(engine, "plan_bytes", None),
+        memory=memory,
     )
 
 
@@ -185,6 +199,8 @@ def _workloads(
 def _measure(
     engines: Mapping[str, Engine],
     workloads: Sequence[Workload],
+    memory: MemoryWatch,
+    gpu: Gpu | None,
     *,
     warmup: int,
     runs: int,
@@ -194,16 +210,25 @@ def _measure(
     measurements: list[Measurement] = []
     stopped: dict[str, Stopped] = {}
     for index, workload in enumerate(workloads):
-        calls = {name: _call(engine, workload) for name, engine in engines.items()}
+        calls = {}
+        for name, engine in engines.items():
+            with memory.of(name):
+                calls[name] = _call(engine, workload)
         rule = StopRule(runs=runs, precision=precision, budget_s=budget_s / (len(workloads) - index))
         with progress(f"measure {workload.name}", runs) as advance:
             timing = measure_in_turn(
-                calls, batch=workload.batch, warmup=warmup, rule=rule, on_round=_limited(advance, runs)
+                calls,
+                batch=workload.batch,
+                warmup=warmup,
+                rule=rule,
+                on_round=_limited(advance, runs),
+                around_warmup=memory.of,
             )
         stopped[workload.name] = rule.stopped(timing.samples, seconds=timing.seconds)
         budget_s = max(0.0, budget_s - timing.seconds)
         baseline = next(iter(timing.latencies.values()))
         for place, (name, latency) in enumerate(timing.latencies.items()):
+            on_gpu = "cpu" not in engines[name].name
             measurements.append(
                 Measurement(
                     workload=workload.name,
@@ -213,6 +238,7 @@ def _measure(
                     latency=latency,
                     speedup=compare(baseline, latency) if place else None,
                     new_tokens=workload.new_tokens,
+                    energy=measure_energy(gpu, calls[name]) if gpu is not None and on_gpu else None,
                 )
             )
     return tuple(measurements), stopped

@@ -9,8 +9,8 @@ narrow. And the interval itself allows for rounds that depend on each other (ser
 that, a machine whose speed comes in waves makes intervals several times too narrow.
 
 Simulated with known ratios (tests/serve/bench/test_stopping.py): 97% covered with independent rounds, 94% to 97% where
-rounds are alike over a few, 86% to 90% over tens, where a coarse precision ends after a few of these waves. No rule sees
-a wave longer than the measurement: a change for all of it looks like a result.
+rounds are alike over a few, 86% to 90% over tens, where a coarse precision ends after a few of these waves. No rule
+sees a wave longer than the measurement: a change for all of it looks like a result.
 """
 
 from collections.abc import Mapping, Sequence
