@@ -16,6 +16,7 @@ import cli
 from .command_line import ROOT, environment
 
 FLAGS = {
+    "predict": "--model --pattern --sparsity --shapes --engine --threads --precision --budget --json",
     "train": "--output -o --model --data --method --pattern --sparsity --plan --teacher --epochs --steps --seed "
     "--faithful --config --set --list-options --resume --overwrite",
     "compare": "--model --data --output -o --methods --patterns --sparsities --seeds --from-dense --teacher-from-dense "

@@ -13,7 +13,7 @@ rounds are alike over a few, 86% to 90% over tens, where a coarse precision ends
 sees a wave longer than the measurement: a change for all of it looks like a result.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -32,6 +32,7 @@ GROWTH = 1.1
 LOOKS = 2
 """How many in a row have to be narrow."""
 
+Width = Callable[[Mapping[str, Sequence[float]]], float | None]
 Reason = Literal["precision", "budget", "runs"]
 
 
@@ -58,6 +59,8 @@ class Stopped:
         limit = "--budget was spent" if self.reason == "budget" else f"{MOST_ROUNDS} is the most"
         if self.half_width is None:
             return f"{after}, because {limit}: too few rounds for an interval; give a larger --budget."
+        if self.half_width <= self.asked:
+            return f"{after}, because {limit}, when {reached}; two looks in a row have to find that."
         # An interval narrows with the square root of the rounds.
         needed = self.seconds * max(1.0, self.half_width / self.asked) ** 2
         return (
@@ -74,11 +77,12 @@ class Stopped:
 class StopRule:
     """Asked after each round whether it was the last; one object for each workload.
 
-    *runs*: the least number of rounds, unless *budget_s* cuts it. *precision*: 0 stops there.
+    *runs*: the least number of rounds, unless *budget_s* cuts it. *precision*: 0 stops there. *width*: of what the
+    samples are for, its interval's half width relative to it.
     """
 
-    def __init__(self, *, runs: int, precision: float, budget_s: float) -> None:
-        self._runs, self._precision, self._budget_s = runs, precision, budget_s
+    def __init__(self, *, runs: int, precision: float, budget_s: float, width: Width | None = None) -> None:
+        self._runs, self._precision, self._budget_s, self._width = runs, precision, budget_s, width or half_width
         self._next_look, self._narrow = max(runs, LEAST_ROUNDS), 0
         self.reason: Reason | None = None
 
@@ -90,7 +94,7 @@ class StopRule:
             self.reason = "runs"
         elif wanted and rounds >= self._next_look:
             self._next_look = int(rounds * GROWTH) + 1
-            width = half_width(samples)
+            width = self._width(samples)
             self._narrow = self._narrow + 1 if width is not None and width <= self._precision else 0
             if self._narrow >= LOOKS:
                 self.reason = "precision"
@@ -106,7 +110,7 @@ class StopRule:
             rounds=len(next(iter(samples.values()))),
             seconds=seconds,
             asked=self._precision if self._precision and len(samples) > 1 else None,
-            half_width=half_width(samples),
+            half_width=self._width(samples),
         )
 
 

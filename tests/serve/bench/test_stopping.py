@@ -112,6 +112,11 @@ def test_the_sentence_says_what_would_help() -> None:
     noisy = Stopped(reason="budget", rounds=200, seconds=40.0, asked=0.01, half_width=0.03)
     assert "--budget was spent: the machine is too noisy" in noisy.sentence("8x128")
     assert "It got to 3.00%, and would take about 360 s" in noisy.sentence("8x128")
+    late = Stopped(reason="budget", rounds=90, seconds=15.0, asked=0.02, half_width=0.0175)
+    assert late.sentence("8x128") == (
+        "8x128: stopped after 90 rounds in 15.0 s, because --budget was spent, when every ratio is within 1.75% of "
+        "what was measured; two looks in a row have to find that."
+    )
     few = Stopped(reason="budget", rounds=5, seconds=40.0, asked=0.01, half_width=None)
     assert few.sentence("8x128").endswith("too few rounds for an interval; give a larger --budget.")
     reached = Stopped(reason="precision", rounds=200, seconds=4.0, asked=0.01, half_width=0.008)
