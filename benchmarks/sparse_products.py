@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks.reports import report_path, text_table
 from pst.errors import EngineError, PSTError
 from pst.files import write_json
-from pst.result import git_revision
+from pst.revision import git_revision
 from serve.bench.environment import environment
 from serve.bench.gpu import open_gpu
 from serve.bench.report_tables import show_ratio
@@ -97,14 +97,19 @@ def measure(options: argparse.Namespace, *, command: str) -> dict[str, Any]:
     left_out: list[str] = []
     timer = GpuTimer(torch)
     for dtype, shape in itertools.product(options.dtypes.split(","), products(options.widths)):
-        if time.perf_counter() - begin > options.seconds or not fits(*shape):
-            left_out.append(f"{dtype} {shape[0]} x {shape[1]}")
+        late = time.perf_counter() - begin > options.seconds
+        if late or not fits(*shape):
+            why = "for want of time" if late else "which cuSPARSELt does not take"
+            left_out.append(f"{dtype} {shape[0]} x {shape[1]}, {why}")
             continue
-        for row in _of_shape(torch, timer, shape, dtype, options):
-            rows.append(row)
-            if time.perf_counter() - begin > options.seconds and row["tokens"] != options.tokens[-1]:
-                left_out.append(f"{dtype} {shape[0]} x {shape[1]} beyond {row['tokens']} tokens")
-                break
+        try:
+            for row in _of_shape(torch, timer, shape, dtype, options):
+                rows.append(row)
+                if time.perf_counter() - begin > options.seconds and row["tokens"] != options.tokens[-1]:
+                    left_out.append(f"{dtype} {shape[0]} x {shape[1]} beyond {row['tokens']} tokens, for want of time")
+                    break
+        except EngineError as error:  # one shape that the kernel refuses is a finding, and no end
+            left_out.append(f"{dtype} {shape[0]} x {shape[1]}: {error}")
     return {
         "schema_version": SCHEMA_VERSION,
         "environment": machine | {"cuda": torch.version.cuda, "cusparselt": torch.backends.cusparselt.version()},
@@ -200,7 +205,7 @@ def render(report: Mapping[str, Any]) -> str:
             f"{each['dtype']} {each['outputs']} x {each['inputs']}: {said}; "
             f"best {each['best_ratio']:.2f}× at {each['best_tokens']}."
         )
-    lines += [f"Left out for want of time: {each}." for each in report["left_out"]]
+    lines += [f"Left out: {each}" for each in report["left_out"]]
     return "\n".join([*lines, report["method"]])
 
 

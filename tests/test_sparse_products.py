@@ -37,10 +37,12 @@ def test_where_it_starts_to_pay() -> None:
     assert (first["from_tokens"], first["best_tokens"]) == (2048, 16384)
     assert first["best_ratio"] == pytest.approx(1.4)
     assert second["from_tokens"] is None
-    text = render({"rows": rows, "pays": [first, second], "left_out": ["float16 8 x 8"], "method": "By hand."})
+    text = render(
+        {"rows": rows, "pays": [first, second], "left_out": ["float16 8 x 8, for want of time"], "method": "By hand."}
+    )
     assert "float16 3072 x 768: pays from 2048 tokens on; best 1.40× at 16384." in text
     assert "float16 768 x 768: does not pay at the most tokens" in text
-    assert "Left out for want of time: float16 8 x 8." in text
+    assert "Left out: float16 8 x 8, for want of time" in text
     assert text.count("slower") == 3
 
 

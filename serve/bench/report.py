@@ -15,7 +15,14 @@ from serve.bench.html import page
 from serve.bench.memory import Memory
 from serve.bench.receipt import Receipt
 from serve.bench.receipt_text import receipt_table, summary
-from serve.bench.report_tables import artifact_table, latency_table, machine_lines, markdown_table, show_ratio
+from serve.bench.report_tables import (
+    artifact_table,
+    latency_table,
+    machine_lines,
+    markdown_table,
+    megabytes,
+    show_ratio,
+)
 from serve.bench.stopping import Stopped
 from serve.bench.timing import EQUAL_WITHIN, Latency, Speedup
 
@@ -130,7 +137,7 @@ class Report:
     stopped: Mapping[str, Stopped] = field(default_factory=dict)
     """By workload: why its measurement ended."""
     process_peak_bytes: int | None = None
-    """The most memory of the host that all artifacts together had while they were loaded and warmed up."""
+    """The most memory of the host that this process had while any artifact was loaded or warmed up."""
 
     def of(self, subject: str) -> list[Measurement]:
         """One artifact's measurements, in the workloads' order."""
@@ -150,8 +157,11 @@ class Report:
         return [verdict(subject, self.of(subject.name), baseline=baseline) for subject in self.subjects[1:]]
 
     def notes(self) -> list[str]:
-        """How well each workload is known, and why not better."""
-        return [why.sentence(workload) for workload, why in self.stopped.items()]
+        """How well each workload is known, and why not better; and the memory of all together."""
+        said = [why.sentence(workload) for workload, why in self.stopped.items()]
+        if self.process_peak_bytes is not None:
+            said.append(f"All artifacts together took {megabytes(self.process_peak_bytes)} MB of host memory at most.")
+        return said
 
     def to_json(self) -> dict[str, Any]:
         """The content of report.json."""

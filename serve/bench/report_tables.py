@@ -104,6 +104,7 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def machine_lines(environment: dict[str, Any]) -> list[tuple[str, str]]:
+    """What was measured on, as labels and values; environment as in report.json, also of an old report."""
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
     memory, clocks = environment["memory_gib"], environment.get("gpu_clocks")
     return [

@@ -20,6 +20,7 @@ from pst.errors import EngineError, ModelError
 from pst.files import resolve_model
 from serve.predict.products import SEED, Call, Product, Weights
 
+DEVICE = "cuda"
 FLUSH_BYTES = 256 * 2**20
 """More than the L2 cache of any GPU so far."""
 SLEEP_MARGIN_S, CYCLES_PER_S = 0.0002, 2.0e9
@@ -52,7 +53,7 @@ class GpuTimer:
 
     def __init__(self, torch: Any) -> None:
         self._torch = torch
-        self._flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+        self._flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=DEVICE)
         self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def call(self, run: Callable[[], object]) -> Call:
@@ -143,12 +144,12 @@ def check_product(found: Any, expected: Any) -> None:
 
 def random_inputs(torch: Any, tokens: int, weight: Any) -> Any:
     """Normally distributed (tokens, inputs), of *weight*'s type, the same each time."""
-    generator = torch.Generator(device="cuda").manual_seed(SEED)
+    generator = torch.Generator(device=DEVICE).manual_seed(SEED)
     shape = (tokens, weight.shape[1])
-    return torch.randn(shape, generator=generator, device="cuda", dtype=weight.dtype)
+    return torch.randn(shape, generator=generator, device=DEVICE, dtype=weight.dtype)
 
 
-def random_pair(torch: Any, outputs: int, inputs: int, dtype: Any, *, device: str = "cuda") -> tuple[Any, Any]:
+def random_pair(torch: Any, outputs: int, inputs: int, dtype: Any, *, device: str = DEVICE) -> tuple[Any, Any]:
     """Weights (outputs, inputs) on *device*, and the same with two of every four in a row set to zero by chance."""
     generator = torch.Generator(device=device).manual_seed(SEED)
     dense = torch.randn((outputs, inputs), generator=generator, device=device, dtype=dtype) * inputs**-0.5
@@ -185,9 +186,9 @@ class TorchProducts:
         if self._model is None:
             self._model = _random_model(self._torch, self._folder)
         torch, model = self._torch, self._model
-        generator = torch.Generator(device="cuda").manual_seed(SEED)
+        generator = torch.Generator(device=DEVICE).manual_seed(SEED)
         size, shape = int(model.config.vocab_size), (batch, sequence)
-        ids = torch.randint(size, shape, generator=generator, device="cuda")
+        ids = torch.randint(size, shape, generator=generator, device=DEVICE)
 
         def run() -> None:
             with torch.inference_mode():
@@ -206,7 +207,7 @@ class TorchProducts:
         return TorchTwoOfFour(self._torch, self._timer, self._on_gpu(weights))
 
     def _on_gpu(self, weights: Weights) -> list[Any]:
-        return [self._torch.from_numpy(weight).to("cuda", self._torch.float16) for weight in weights]
+        return [self._torch.from_numpy(weight).to(DEVICE, self._torch.float16) for weight in weights]
 
     def close(self) -> None:
         """Give the GPU's memory back."""
@@ -225,7 +226,7 @@ def has_cusparselt(torch: Any) -> bool:
     if not hasattr(torch._C, "_cusparselt") or torch.cuda.get_device_capability() < (8, 0):
         return False
     try:
-        torch._cslt_compress(torch.tensor([[1.0, 1, 0, 0] * 16] * 64, dtype=torch.float16, device="cuda"))
+        torch._cslt_compress(torch.tensor([[1.0, 1, 0, 0] * 16] * 64, dtype=torch.float16, device=DEVICE))
     except RuntimeError:
         return False
     return True
@@ -247,7 +248,7 @@ def shapes_of(folder: Path) -> dict[str, tuple[int, ...]]:
 
 def _random_model(torch: Any, folder: Path) -> Any:
     torch.manual_seed(SEED)
-    with torch.device("cuda"):
+    with torch.device(DEVICE):
         model = _from_config(folder)
     return model.to(torch.float16).eval()
 

@@ -111,7 +111,7 @@ class Prediction:
         spread = [layer.speedup.ratio for layer in each.layers]
         speeds = f"{min(spread):.2f}× to {max(spread):.2f}×" if len(spread) > 1 else f"{spread[0]:.2f}×"
         if self.pattern == "structured":
-            return f"{said}, and become {speeds} as fast by being smaller."
+            return f"{said}, and become {speeds} as fast by being smaller; what attention saves comes on top."
         if not any(layer.sparse_kernel for layer in each.layers):
             return f"{said}, and none of it is saved, because {self.why_none}."
         said += f", and with sparse kernels are {speeds} as fast"
