@@ -70,11 +70,11 @@ def plan_of(
 ) -> Plan:
     """The plan of an *artifact* folder, from its cache or built now.
 
-    profiles: the shapes that it has to take; none is whatever was built for this runtime and GPU with one profile of
-    several shapes, else parse_profile's default. runtime: one of RUNTIMES, None for the first that is installed.
-    target: a compute capability of TensorRT-RTX (SM75, SM80, SM86, SM89, SM120); without a GPU, SM80 stands for an
-    empty one. sparse: let the builder choose kernels for 2:4 weights; None is whether any weight is said to be 2:4.
-    again: build it even if it is there.
+    profiles: the shapes that it has to take, and may be tuned for others as well; none is whatever was built for this
+    runtime and GPU with one profile of several shapes, else parse_profile's default. runtime: one of RUNTIMES, None for
+    the first that is installed. target: a compute capability of TensorRT-RTX (SM75, SM80, SM86, SM89, SM120); without a
+    GPU, SM80 stands for an empty one. sparse: let the builder choose kernels for 2:4 weights; None is whether any
+    weight is said to be 2:4. again: build it even if it is there.
 
     Raises EngineError where no runtime is installed or it refuses the model, ConfigError for options that it does not
     know, ArtifactError for a damaged artifact.
@@ -96,7 +96,8 @@ def plan_of(
         runtime=trt.__name__, version=trt.__version__, gpu=gpu, target=target, profiles=(),
         flags=("sparse_weights",) if sparse else (),
     )  # fmt: skip
-    wanted = tuple(profiles) or _built(folder, key) or (parse_profile(None, max_length=manifest.max_length),)
+    wanted = () if again else _built(folder, key, tuple(profiles))
+    wanted = wanted or tuple(profiles) or (parse_profile(None, max_length=manifest.max_length),)
     key = PlanKey(**{**asdict(key), "profiles": tuple(map(str, wanted)), "flags": key.flags})
     plan, record = folder / f"{key.name}.plan", folder / f"{key.name}.json"
     if plan.is_file() and record.is_file() and not again:
@@ -135,25 +136,23 @@ def _timings(key: PlanKey) -> str:
     return f"{key.runtime}-{key.version}-{hashlib.sha256(key.gpu.encode()).hexdigest()[:8]}.timing"
 
 
-def _built(folder: Path, key: PlanKey) -> tuple[Profile, ...]:
-    """The profile of the newest plan that is like *key* and takes more than one shape; empty without one.
+def _built(folder: Path, key: PlanKey, wanted: tuple[Profile, ...]) -> tuple[Profile, ...]:
+    """The profiles of the newest plan that is like *key* and has all of *wanted*; empty without one.
 
-    So that what ``pst export --format tensorrt --profile`` built is found by whoever opens the artifact.
+    Without any that are wanted: of one that takes more than one shape, so that what ``pst export --format tensorrt
+    --profile`` built is found by whoever opens the artifact.
     """
-    records = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
-    for path in records:
+    for path in sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime, reverse=True):
         try:
             record = read_json(path, EngineError, _REMEDY)
         except EngineError:  # of another plan, which is not asked for here
             continue
-        same = all(
-            record.get(name) == value for name, value in asdict(key).items() if name not in ("profiles", "flags")
-        )
-        if not same or tuple(record.get("flags", ())) != key.flags or len(record.get("shapes", ())) != 1:
+        like = {**asdict(key), "profiles": record.get("profiles"), "flags": list(key.flags)}
+        if any(record.get(name) != value for name, value in like.items()) or "shapes" not in record:
             continue
-        smallest, usual, largest = (tuple(shape) for shape in record["shapes"][0]["shapes"])
-        if record["shapes"][0]["past"] is None and smallest != largest:
-            return (Profile(smallest=smallest, usual=usual, largest=largest),)
+        profiles = tuple(Profile.from_json(each) for each in record["shapes"])
+        if set(wanted) <= set(profiles) if wanted else len(profiles) == 1 and not profiles[0].is_fixed:
+            return profiles
     return ()
 
 

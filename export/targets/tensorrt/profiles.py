@@ -1,7 +1,8 @@
 """Optimization profiles: the shapes that a plan takes, and those that it is tuned for."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from export.manifest import TensorInfo
 from pst.errors import ConfigError
@@ -50,12 +51,19 @@ class Profile:
             for shape, cached in zip((self.smallest, self.usual, self.largest), past, strict=True)
         )
 
-    def to_json(self) -> dict[str, list[list[int]] | list[int] | None]:
+    def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
         return {
             "shapes": [list(self.smallest), list(self.usual), list(self.largest)],
             "past": None if self.past is None else list(self.past),
         }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Profile":
+        """The reverse of to_json."""
+        smallest, usual, largest = ((int(batch), int(tokens)) for batch, tokens in value["shapes"])
+        past = value["past"] and tuple(int(tokens) for tokens in value["past"])
+        return cls(smallest=smallest, usual=usual, largest=largest, past=past)
 
 
 def _length(name: str, shape: Shape, past: int) -> int:
