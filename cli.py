@@ -16,7 +16,7 @@ from pst import __version__
 from pst.command_line import show
 from pst.errors import PSTError
 
-ORDER = ("train", "compare", "prune", "export", "eval", "bench", "report", "inspect", "serve", "quickstart")
+ORDER = ("predict", "train", "compare", "prune", "export", "eval", "bench", "report", "inspect", "serve", "quickstart")
 """Of the commands in ``pst --help``: as a model goes from the first to the last."""
 
 app = typer.Typer(

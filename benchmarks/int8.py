@@ -86,7 +86,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shapes", default="1x32,8x64,1x128,8x128", help="batch x tokens (%(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="(%(default)s)")
     parser.add_argument("--runs", type=int, default=60, help="timed inferences of each (%(default)s)")
-    parser.add_argument("--budget", type=float, default=60.0, help="most seconds for a shape (%(default)s)")
+    parser.add_argument("--budget", type=float, default=300.0, help="most seconds for all shapes (%(default)s)")
     parser.add_argument("--report", type=Path, help="JSON file to write, in place of the one in benchmarks/")
     options = parser.parse_args(arguments)
     options.given = list(sys.argv[1:] if arguments is None else arguments)

@@ -1,4 +1,4 @@
-"""The commands eval, bench, report, serve and quickstart. What is heavy is imported inside them."""
+"""The commands predict, eval, bench, report, serve and quickstart. What is heavy is imported inside them."""
 
 import shlex
 import sys
@@ -55,8 +55,14 @@ def bench(
     artifacts: Annotated[list[Path], typer.Argument(help="Artifacts; the first is the baseline of the ratios.")],
     output: Output,
     shapes: Annotated[str, typer.Option(help="Batch x tokens, separated by commas.")] = "1x32,1x128,8x128",
-    runs: Annotated[int, typer.Option(min=1, help="Timed inferences of each artifact at each shape.")] = 100,
+    runs: Annotated[int, typer.Option(min=1, help="Least timed inferences of each artifact at each shape.")] = 100,
     warmup: Annotated[int, typer.Option(min=1, help="Untimed inferences before them.")] = 10,
+    precision: Annotated[
+        float,
+        typer.Option(
+            help="Half width of a ratio's interval, relative to the ratio, that ends a shape; 0 ends it after --runs."
+        ),
+    ] = 0.01,
     budget: Annotated[float, typer.Option(min=0.1, help="Most seconds for all shapes together.")] = 120.0,
     threads: Threads = 0,
     engine: EngineName = "auto",
@@ -71,7 +77,9 @@ def bench(
     """Measure latency, several artifacts in turn in one process: p50, p90, p99, mean, throughput, and the ratio.
 
     Writes report.json, report.md and report.html. With --data, real texts are measured too, and the accuracy stands
-    beside. The receipt tells of every layer which kernel ran, for how long, and why it was not a sparse one.
+    beside. A shape is measured until the interval of every ratio is narrow enough (--precision), or --budget is spent;
+    the report says which, and how narrow it is.
+    The receipt tells of every layer which kernel ran, for how long, and why it was not a sparse one.
     Of language models the prompt and the tokens after it are measured apart.
     """
     from serve.bench.runner import bench as run
@@ -87,6 +95,7 @@ def bench(
         data=data_spec(data, sets),
         command=shlex.join(["pst", *sys.argv[1:]]),
         engine=engine,
+        precision=precision,
         budget_s=budget,
         receipt=receipt,
         new_tokens=new_tokens,
@@ -111,6 +120,49 @@ def report(
     from serve.bench.comparison import compare_reports
 
     found = compare_reports(first, second)
+    show(as_json(found.to_json()) if json else found.render())
+
+
+@app.command(
+    short_help="Say what speed-up to expect, before training.",
+    epilog="Example: pst predict --model DIR --pattern 2:4 --shapes 1x128,32x128",
+)
+def predict(
+    model: Annotated[Path, typer.Option(help="Hugging Face model folder, trained or not, or artifact folder.")],
+    pattern: Annotated[str, typer.Option(help="Pattern: 2:4 or another N:M, unstructured, block:RxC, structured.")],
+    sparsity: Annotated[
+        float | None, typer.Option(help="Fraction of zeros, or of what is removed; an N:M fixes it, else 0.5.")
+    ] = None,
+    shapes: Annotated[str, typer.Option(help="Batch x tokens, separated by commas.")] = "1x32,1x128,8x128",
+    engine: Annotated[
+        str, typer.Option(help="Runtime: onnxruntime (CPU), torch-cuda, or auto: the GPU where PyTorch sees one.")
+    ] = "auto",
+    threads: Threads = 0,
+    precision: Annotated[
+        float, typer.Option(help="Half width of a speed-up's interval, relative to it, that ends a shape.")
+    ] = 0.02,
+    budget: Annotated[float, typer.Option(min=0.1, help="Most seconds for all shapes together.")] = 60.0,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what speed-up a pattern would bring to a model on this machine, before any training.
+
+    Times each of the model's linears with random weights, dense and with zeros of the pattern, in turn with the whole
+    dense model, and adds up. Where the machine has no sparse kernel, it says so, and what would help.
+    """
+    from serve.bench.workload import parse_shapes
+    from serve.predict.run import predict as run
+
+    found = run(
+        model,
+        pattern=pattern,
+        sparsity=sparsity,
+        shapes=parse_shapes(shapes),
+        engine=engine,
+        threads=threads,
+        precision=precision,
+        budget_s=budget,
+        command=shlex.join(["pst", *sys.argv[1:]]),
+    )
     show(as_json(found.to_json()) if json else found.render())
 
 

@@ -16,6 +16,7 @@ import cli
 from .command_line import ROOT, environment
 
 FLAGS = {
+    "predict": "--model --pattern --sparsity --shapes --engine --threads --precision --budget --json",
     "train": "--output -o --model --data --method --pattern --sparsity --plan --teacher --epochs --steps --seed "
     "--faithful --config --set --list-options --resume --overwrite",
     "compare": "--model --data --output -o --methods --patterns --sparsities --seeds --from-dense --teacher-from-dense "
@@ -25,8 +26,8 @@ FLAGS = {
     "export": "source --output -o --format --task --opset --precision --residual --linear-form --activations --storage "
     "--data --set --profile --compute-capability --atol --rtol --external-data --overwrite",
     "eval": "path --data --set --engine --batch-size --threads --predictions --json",
-    "bench": "artifacts --output -o --shapes --runs --warmup --budget --threads --engine --new-tokens --data "
-    "--set --receipt --no-receipt --overwrite",
+    "bench": "artifacts --output -o --shapes --runs --warmup --precision --budget --threads --engine --new-tokens "
+    "--data --set --receipt --no-receipt --overwrite",
     "report": "first second --json",
     "inspect": "path --json",
     "serve": "artifact --host --port --threads --engine --max-batch-size --max-queue-delay-ms --max-queue-size",

@@ -253,7 +253,7 @@ def test_the_judge_of_two_four_sees_a_wrong_axis() -> None:
 
 
 def test_bench_reads_every_stage(stages: Stages, tmp_path: Path) -> None:
-    options = ("--shapes", "1x8,2x16", "--runs", "3", "--warmup", "1", "--data", stages.data)
+    options = ("--shapes", "1x8,2x16", "--runs", "3", "--precision", "0", "--warmup", "1", "--data", stages.data)
     done("bench", stages.artifact, stages.run, *options, "--output", tmp_path / "report")
     report = json.loads((tmp_path / "report" / "report.json").read_text(encoding="utf-8"))
     assert [item["name"] for item in report["artifacts"]] == ["artifact", "run"]

@@ -14,7 +14,17 @@ import numpy as np
 
 from pst.errors import ConfigError
 
-PASSES = ("strip_metadata", "drop_nan_guard", "share_equal", "name_weights", "regroup_gelu", "lower_ir_version")
+PASSES = (
+    "strip_metadata",
+    "drop_nan_guard",
+    "turn_keys",
+    "plain_mask",
+    "plain_shapes",
+    "share_equal",
+    "name_weights",
+    "regroup_gelu",
+    "lower_ir_version",
+)
 LINEAR_FORMS = {
     "auto": (),
     "matmul": ("gemm_to_matmul",),

@@ -12,7 +12,8 @@ from typing import Any
 
 from pst.errors import ConfigError, RunError
 from pst.files import read_json
-from serve.bench.report import SCHEMA_VERSION, markdown_table, show_ratio
+from serve.bench.report import SCHEMA_VERSION
+from serve.bench.report_tables import markdown_table, show_ratio
 from serve.bench.timing import CONFIDENCE, Speedup, median_interval, percentile
 
 COMPARED = ("cpu", "cpus_usable", "memory_gib", "os", "gpus", "threads")

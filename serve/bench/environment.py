@@ -3,12 +3,11 @@
 import importlib.metadata
 import os
 import platform
-import shutil
-import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from serve.bench.gpu import gpu_clocks, gpus
 from serve.engines import available_cpus
 
 PACKAGES = (
@@ -41,19 +40,6 @@ def memory_gib() -> float | None:
     return round(int(value.split()[0]) / 2**20, 1) if value else None
 
 
-def gpus() -> list[str]:
-    """``name, memory, driver`` of every NVIDIA GPU that nvidia-smi lists; empty without one."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return []
-    query = [tool, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return [line.strip() for line in done.stdout.splitlines() if line.strip()] if done.returncode == 0 else []
-
-
 def versions() -> dict[str, str]:
     """Installed versions of what can change a number."""
     found = {"python": platform.python_version()}
@@ -79,6 +65,7 @@ def environment(*, command: str, threads: int) -> dict[str, Any]:
         "memory_gib": memory_gib(),
         "os": platform.platform(),
         "gpus": gpus(),
+        "gpu_clocks": gpu_clocks(),
         "threads": threads,
         "versions": versions(),
     }

@@ -8,6 +8,7 @@ from html import escape
 from typing import Any
 
 from serve.bench.charts import COLORS, Bar, Dot, Interval, bars, dots, intervals
+from serve.bench.report_tables import known_columns, megabytes
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2024; --soft: #60646c; --line: #d9d9e0; --page: #fff; --card: #f7f7f9; }
@@ -47,9 +48,11 @@ def page(report: Mapping[str, Any], *, machine: Sequence[tuple[str, str]]) -> st
     color = {name: COLORS[index % len(COLORS)] for index, name in enumerate(names)}
     parts = ["<h1>Latency report</h1>"]
     parts += [f'<p class="verdict">{escape(sentence)}</p>' for sentence in report["verdicts"]]
-    parts += ["<h2>Artifacts</h2>", _artifacts(report, color), "<h2>Latency</h2>", _key(color), _latency(report, color)]
+    parts += ["<h2>Artifacts</h2>", _artifacts(report), "<h2>Latency</h2>", _key(color), _latency(report, color)]
+    parts += [_latencies(report)]
     if len(names) > 1:
         parts += [f"<h2>Speed against {escape(names[0])}</h2>", _ratios(report, color)]
+    parts += [f'<p class="soft">{escape(sentence)}</p>' for sentence in report.get("notes", ())]
     if any(artifact["accuracy"] for artifact in report["artifacts"]):
         parts += ["<h2>Accuracy and speed</h2>", _frontier(report, color)]
     if report.get("receipts"):
@@ -124,22 +127,52 @@ def _frontier(report: Mapping[str, Any], color: Mapping[str, str]) -> str:
     return _figure(dots(found, x=f"p50 at {first}, ms", y=metric), f"{better} and to the left is better.")
 
 
-def _artifacts(report: Mapping[str, Any], color: Mapping[str, str]) -> str:
+def _artifacts(report: Mapping[str, Any]) -> str:
+    """As in report.md, with what an old report does not have left empty, and without columns that are."""
+    header = ["artifact", "engine", "pattern", "zeros", "MB", "plan MB", "load ms", "host MB", "GPU MB", "accuracy"]
     rows = []
     for each in report["artifacts"]:
-        score, zeros = each["accuracy"], each["sparsity"]
+        score, zeros, memory = each["accuracy"], each["sparsity"], each.get("memory") or {}
         rows.append(
             [
-                (each["name"], ""),
-                (each["engine"], ""),
-                (each["pattern"] or "unknown", ""),
-                ("" if zeros is None else f"{zeros:.1%}", "number"),
-                (f"{each['size_bytes'] / 1e6:.1f}", "number"),
-                (f"{each['load_ms']:.0f}", "number"),
-                ("not measured" if score is None else f"{score['metric']} {score['value']:.4f}", ""),
+                each["name"],
+                each["engine"],
+                each["pattern"] or "unknown",
+                "" if zeros is None else f"{zeros:.1%}",
+                f"{each['size_bytes'] / 1e6:.1f}",
+                megabytes(each.get("plan_bytes")),
+                f"{each['load_ms']:.0f}",
+                megabytes(memory.get("host_peak")),
+                megabytes(memory.get("device")),
+                "not measured" if score is None else f"{score['metric']} {score['value']:.4f}",
             ]
         )
-    return _table(["artifact", "engine", "pattern", "zeros", "MB", "load ms", "accuracy"], rows)
+    return _numbers(*known_columns(header, rows, optional=("plan MB", "host MB", "GPU MB")))
+
+
+def _latencies(report: Mapping[str, Any]) -> str:
+    """The numbers behind the chart, and those it does not show."""
+    header = ["workload", "artifact", "first ms", "p50 ms", "p90 ms", "p99 ms", "mean ms", "std ms", "mJ", "runs"]
+    rows = []
+    for entry in _in_turn(report):
+        latency, energy = entry["latency"], entry.get("energy")
+        times = [latency.get("first"), *(latency[name] for name in ("p50", "p90", "p99", "mean", "std"))]
+        rows.append(
+            [
+                entry["workload"],
+                entry["artifact"],
+                *("" if time is None else f"{time:.3f}" for time in times),
+                "" if energy is None else f"{energy['mj_per_inference']:.1f}",
+                str(latency["runs"]),
+            ]
+        )
+    return _numbers(*known_columns(header, rows, optional=("first ms", "mJ")))
+
+
+def _numbers(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table; columns whose title ends with a unit are set as numbers."""
+    number = ["number" if title.endswith(("ms", "MB", "mJ", "runs", "zeros")) else "" for title in header]
+    return _table(header, [list(zip(row, number, strict=True)) for row in rows])
 
 
 def _receipts(receipts: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -52,6 +52,8 @@ class Layer:
     """Whether the runtime has a sparse kernel for it; None where it does not say."""
     kernel: str = ""
     """The GPU's, where the runtime names it."""
+    node: str = ""
+    """The runtime's name of the layer that it made."""
     fused: int = 0
     """Other weights that one layer of the runtime computes with together with this one."""
     fused_ms: float | None = None
@@ -167,6 +169,7 @@ def _layers(
                 advice=verdict.advice,
                 eligible=verdict.eligible,
                 kernel="" if place is None else place.kernel,
+                node="" if place is None else place.node,
                 fused=fused,
                 fused_ms=place.time_ms if place is not None and fused else None,
             )

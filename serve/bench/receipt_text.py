@@ -43,9 +43,8 @@ def summary(receipt: Receipt) -> str:
 
 def _share(receipt: Receipt) -> str:
     if receipt.limit is None:
-        fused = {(layer.fused, layer.fused_ms) for layer in receipt.layers if layer.fused_ms is not None}
-        count = sum(1 for layer in receipt.layers if layer.fused)
-        time = sum(each for _, each in fused)
+        fused = {layer.node: layer.fused_ms for layer in receipt.layers if layer.fused_ms is not None}
+        count, time = sum(1 for layer in receipt.layers if layer.fused), sum(fused.values())
         if not count:
             return f"None of these layers can be found in what ran, which took {receipt.total_ms:.2f} ms."
         return (

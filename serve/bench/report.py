@@ -4,23 +4,38 @@ import dataclasses
 import io
 import shutil
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pst.files import write_json
+from serve.bench.gpu import Energy
 from serve.bench.html import page
+from serve.bench.memory import Memory
 from serve.bench.receipt import Receipt
 from serve.bench.receipt_text import receipt_table, summary
+from serve.bench.report_tables import (
+    artifact_table,
+    latency_table,
+    machine_lines,
+    markdown_table,
+    megabytes,
+    show_ratio,
+)
+from serve.bench.stopping import Stopped
 from serve.bench.timing import EQUAL_WITHIN, Latency, Speedup
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""2 added why each workload ended, first inferences, memory, energy and the size of plans; 1 can still be compared."""
 METHOD = (
     "All artifacts were measured in turn in one process: each round times every artifact once, and with several "
     "artifacts one inference of the same artifact that is not timed goes before. The time is wall-clock around one "
-    "inference, inputs and outputs in host memory, tokenization left out. Percentiles interpolate linearly between the "
-    "closest ranks (numpy's default). The ratio is the baseline's time over the artifact's within a round, and the "
-    "median of the rounds is given with its 95% interval from order statistics; above 1 is faster than the baseline. "
+    "inference, inputs and outputs in host memory, tokenization left out; the first inference at each shape and the "
+    "loading stand apart. Percentiles interpolate linearly between the closest ranks (numpy's default). "
+    "The ratio is the baseline's time over the artifact's within a round, and the "
+    "median of the rounds is given with its 95% interval from order statistics, widened where rounds that follow each "
+    "other are alike; above 1 is faster than the baseline. A shape goes on until its intervals are narrow enough. "
     f"Ratios within {EQUAL_WITHIN:.0%} of 1 count as the same speed."
 )
 GENERATION = (
@@ -29,6 +44,17 @@ GENERATION = (
     "Each reads the likeliest token of the one before, and none ends the text."
 )
 """What is added where language models were measured."""
+MEMORY = (
+    " Host memory is what the process grew by while an artifact was loaded and made its first inferences, at the peak; "
+    "all are in one process, so that the first one's also holds the runtime's libraries, and what one gives back "
+    "another may use unseen."
+)
+DEVICE = (
+    " GPU memory is what the whole GPU's use grew by in the meantime. Energy (mJ) is that of the whole GPU, idle power "
+    "included, for what the times are of, as a mean: from one step of the driver's counter to another, over a second "
+    "or more of them in a row."
+)
+"""What is added where a GPU was read."""
 SPARSE_FROM = 0.05
 """Share of zeros from which a model counts as sparse though it names no pattern."""
 ZEROS = (
@@ -61,6 +87,9 @@ class Subject:
     size_bytes: int
     load_ms: float
     accuracy: Accuracy | None
+    plan_bytes: int | None = None
+    """What the runtime made of the file and keeps for the next time; None where it keeps nothing."""
+    memory: Memory | None = None
 
     @property
     def is_sparse(self) -> bool:
@@ -82,6 +111,8 @@ class Measurement:
     speedup: Speedup | None
     new_tokens: int = 0
     """Tokens of each row that the latency is the time of; 0 where it is that of one inference."""
+    energy: Energy | None = None
+    """None on the CPU, or where the GPU does not tell."""
 
     @property
     def per_token_ms(self) -> float | None:
@@ -103,6 +134,10 @@ class Report:
     measurements: tuple[Measurement, ...]
     receipts: tuple[Receipt, ...] = ()
     """Of each artifact and shape whose layers the engine could tell apart."""
+    stopped: Mapping[str, Stopped] = field(default_factory=dict)
+    """By workload: why its measurement ended."""
+    process_peak_bytes: int | None = None
+    """The most memory of the host that this process had while any artifact was loaded or warmed up."""
 
     def of(self, subject: str) -> list[Measurement]:
         """One artifact's measurements, in the workloads' order."""
@@ -111,12 +146,22 @@ class Report:
     @property
     def method(self) -> str:
         """What was timed, and how."""
-        return METHOD + (GENERATION if any(entry.new_tokens for entry in self.measurements) else "")
+        said = METHOD + (GENERATION if any(entry.new_tokens for entry in self.measurements) else "")
+        memories = [subject.memory for subject in self.subjects if subject.memory is not None]
+        said += MEMORY if any(memory.host_peak is not None for memory in memories) else ""
+        return said + (DEVICE if any(memory.device is not None for memory in memories) else "")
 
     def verdicts(self) -> list[str]:
         """One sentence for every artifact but the baseline."""
         baseline = self.subjects[0].name
         return [verdict(subject, self.of(subject.name), baseline=baseline) for subject in self.subjects[1:]]
+
+    def notes(self) -> list[str]:
+        """How well each workload is known, and why not better; and the memory of all together."""
+        said = [why.sentence(workload) for workload, why in self.stopped.items()]
+        if self.process_peak_bytes is not None:
+            said.append(f"All artifacts together took {megabytes(self.process_peak_bytes)} MB of host memory at most.")
+        return said
 
     def to_json(self) -> dict[str, Any]:
         """The content of report.json."""
@@ -137,9 +182,13 @@ class Report:
                     "new_tokens": entry.new_tokens,
                     "per_token_ms": entry.per_token_ms,
                     "tokens_per_s": entry.tokens_per_s,
+                    "energy": None if entry.energy is None else entry.energy.to_json(),
                 }
                 for entry in self.measurements
             ],
+            "stopped": {workload: why.to_json() for workload, why in self.stopped.items()},
+            "process_peak_bytes": self.process_peak_bytes,
+            "notes": self.notes(),
             "verdicts": self.verdicts(),
             "receipts": [receipt.to_json() for receipt in self.receipts],
         }
@@ -147,19 +196,22 @@ class Report:
     def write(self, folder: Path) -> None:
         """Write report.json, report.md and report.html into an existing folder."""
         write_json(folder / "report.json", self.to_json())
-        (folder / "report.html").write_text(page(self.to_json(), machine=_machine(self.environment)), encoding="utf-8")
+        (folder / "report.html").write_text(
+            page(self.to_json(), machine=machine_lines(self.environment)), encoding="utf-8"
+        )
         (folder / "report.md").write_text(self.to_markdown(), encoding="utf-8")
 
     def to_markdown(self) -> str:
         """report.md: verdicts, two tables, the method and the machine."""
         lines = ["# Latency report", ""]
         lines += [line for sentence in self.verdicts() for line in (sentence, "")]
-        lines += ["## Artifacts", "", *markdown_table(*_artifact_table(self)), ""]
-        lines += ["## Latency", "", *markdown_table(*_latency_table(self)), "", self.method, ""]
+        lines += ["## Artifacts", "", *markdown_table(*artifact_table(self)), ""]
+        lines += ["## Latency", "", *markdown_table(*latency_table(self)), ""]
+        lines += [*(f"- {sentence}" for sentence in self.notes()), "", self.method, ""]
         for receipt in self.receipts:
             lines += [f"## Receipt of {receipt.artifact} at {receipt.workload}", "", summary(receipt), ""]
             lines += [*markdown_table(*receipt_table(receipt)), ""]
-        lines += ["## Machine", "", *(f"- {name}: {value}" for name, value in _machine(self.environment)), ""]
+        lines += ["## Machine", "", *(f"- {name}: {value}" for name, value in machine_lines(self.environment)), ""]
         return "\n".join(lines)
 
     def render(self) -> str:
@@ -172,7 +224,7 @@ class Report:
         width = shutil.get_terminal_size((140, 24)).columns if terminal else 160
         console = Console(file=stream, width=width, force_terminal=terminal, highlight=False)
         last = self.receipts[-1:] if self.subjects[-1].pattern != "dense" else ()
-        for header, rows in (_artifact_table(self), _latency_table(self), *map(receipt_table, last)):
+        for header, rows in (artifact_table(self), latency_table(self), *map(receipt_table, last)):
             table = Table()
             for index, title in enumerate(header):
                 table.add_column(title, justify="left" if index < 2 else "right")
@@ -180,7 +232,7 @@ class Report:
                 table.add_row(*row)
             console.print(table)
         said = [f"The receipt above is that of {each.artifact} at {each.workload}. {summary(each)}" for each in last]
-        for sentence in (*said, *self.verdicts()):
+        for sentence in (*said, *self.notes(), *self.verdicts()):
             console.print(sentence, markup=False, soft_wrap=not terminal)
         return stream.getvalue().rstrip("\n")
 
@@ -211,82 +263,3 @@ def verdict(subject: Subject, measurements: list[Measurement], *, baseline: str)
             " Where it is not clear, the interval is too wide for a verdict: measure more rounds on a quieter machine."
         )
     return text
-
-
-def show_ratio(speedup: Speedup) -> str:
-    """``1.50×, 1.45 to 1.55``."""
-    if speedup.low is None or speedup.high is None:
-        return f"{speedup.ratio:.2f}×, too few rounds for an interval"
-    return f"{speedup.ratio:.2f}×, {speedup.low:.2f} to {speedup.high:.2f}"
-
-
-def _artifact_table(report: Report) -> tuple[list[str], list[list[str]]]:
-    header = ["artifact", "engine", "pattern", "sparsity", "size MB", "load ms", "accuracy"]
-    rows = []
-    for subject in report.subjects:
-        score = subject.accuracy
-        rows.append(
-            [
-                subject.name,
-                subject.engine,
-                subject.pattern or "unknown",
-                "" if subject.sparsity is None else f"{subject.sparsity:.1%}",
-                f"{subject.size_bytes / 1e6:.1f}",
-                f"{subject.load_ms:.0f}",
-                "not measured" if score is None else f"{score.metric} {score.value:.4f} ({score.rows} rows)",
-            ]
-        )
-    return header, rows
-
-
-def _latency_table(report: Report) -> tuple[list[str], list[list[str]]]:
-    generated = ["ms/token", "tokens/s"] if any(entry.new_tokens for entry in report.measurements) else []
-    numbers_of = ["p50 ms", "p90 ms", "p99 ms", "mean ms", "std ms", "rows/s"]
-    header = ["workload", "artifact", *numbers_of, *generated, "runs", "warm-up", "ratio"]
-    workloads = list(dict.fromkeys(entry.workload for entry in report.measurements))
-    rows = []
-    for entry in sorted(report.measurements, key=lambda entry: workloads.index(entry.workload)):
-        latency = entry.latency
-        numbers = (latency.p50, latency.p90, latency.p99, latency.mean, latency.std)
-        tokens = [
-            "" if number is None else f"{number:.{digits}f}"
-            for number, digits in ((entry.per_token_ms, 3), (entry.tokens_per_s, 1))
-        ]
-        rows.append(
-            [
-                entry.workload,
-                entry.subject,
-                *(f"{number:.3f}" for number in numbers),
-                f"{latency.throughput:.1f}",
-                *(tokens if generated else ()),
-                str(len(latency.samples)),
-                str(latency.warmup),
-                "baseline" if entry.speedup is None else show_ratio(entry.speedup),
-            ]
-        )
-    return header, rows
-
-
-def markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
-    """Lines of a table whose first two columns are words, and the rest numbers."""
-
-    def line(cells: list[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-    return [line(header), line(["---"] * 2 + ["---:"] * (len(header) - 2)), *(line(row) for row in rows)]
-
-
-def _machine(environment: dict[str, Any]) -> list[tuple[str, str]]:
-    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
-    memory = environment["memory_gib"]
-    return [
-        ("Command", f"`{environment['command']}`" if environment["command"] else "called from Python"),
-        ("Time", environment["time"]),
-        ("CPU", f"{environment['cpu']}, {environment['cpus_usable']} of {environment['cpus_total']} CPUs usable"),
-        ("Threads per inference", str(environment["threads"])),
-        ("Memory", "unknown" if memory is None else f"{memory} GiB"),
-        ("GPU", "; ".join(environment["gpus"]) or "none"),
-        ("System", environment["os"]),
-        ("Load average before the measurement", str(environment["load_average_1min"])),
-        ("Versions", versions),
-    ]

@@ -11,9 +11,12 @@ from pst.errors import ArtifactError, ConfigError
 from pst.files import atomic_folder, refuse_existing, resolve_model
 from pst.progress import progress
 from serve.bench.environment import environment
+from serve.bench.gpu import Gpu, measure_energy, open_gpu
+from serve.bench.memory import Memory, MemoryWatch
 from serve.bench.receipt import receipts
 from serve.bench.report import Accuracy, Measurement, Report, Subject
-from serve.bench.timing import Latency, compare, measure_in_turn
+from serve.bench.stopping import PRECISION, Stopped, StopRule
+from serve.bench.timing import compare, measure_in_turn
 from serve.bench.workload import (
     Shape,
     Workload,
@@ -40,6 +43,7 @@ def bench(
     data: DataSpec | None = None,
     command: str = "",
     engine: str = "auto",
+    precision: float = PRECISION,
     budget_s: float = 120.0,
     receipt: bool = True,
     new_tokens: int = 32,
@@ -47,8 +51,10 @@ def bench(
 ) -> Report:
     """Measure artifact folders, bare .onnx files or model folders against the first of them, the baseline.
 
-    *shapes*: batch x sequence. *warmup* and *runs*: inferences per artifact and shape; *budget_s*: seconds after which
-    a shape stops early. *data*: also time real texts one by one, and give every artifact's accuracy.
+    *shapes*: batch x sequence. *warmup* and *runs*: least inferences per artifact and shape. With several artifacts, a
+    shape goes on until every ratio's interval is within *precision* of the ratio; 0 stops after *runs*. *budget_s*:
+    most seconds for all shapes together, each having an equal part of what those before it left.
+    *data*: also time real texts one by one, and give every artifact's accuracy.
     *receipt*: also profile each layer at each shape, where the engine can (serve/bench/receipt.py).
     Of language models the prompt is timed, and *new_tokens* after it with the cache.
     Writes report.json, report.md and report.html to the folder *output*.
@@ -59,6 +65,8 @@ def bench(
         raise ConfigError("There is nothing to measure; give at least one artifact folder.")
     if warmup < 1 or runs < 1 or budget_s <= 0 or new_tokens < 1:
         raise ConfigError("Give --warmup, --runs and --new-tokens 1 or more, and a time budget above 0 seconds.")
+    if not 0 <= precision < 1:
+        raise ConfigError(f"--precision {precision} is no share of a ratio; give for example 0.01, or 0 for none.")
     refuse_existing(output, overwrite=overwrite)
     threads = threads or available_cpus()
     names = unique_names(paths)
@@ -66,19 +74,33 @@ def bench(
     machine = environment(command=command, threads=threads)
     folders = {name: _describe(path) for name, path in names.items()}
     accuracy = _accuracy(names, data, engine=engine, threads=threads)
+    gpu = open_gpu()
+    memory = MemoryWatch(gpu)
     with contextlib.ExitStack() as stack:
         engines: dict[str, Engine] = {}
-        subjects: list[Subject] = []
         planned = Shapes(fixed=tuple(shapes), others=data is not None, new_tokens=new_tokens)
         for name, path in names.items():
-            engines[name] = stack.enter_context(open_engine(path, engine=engine, threads=threads, shapes=planned))
-            subjects.append(_subject(name, path, folders[name], engines[name], accuracy=accuracy.get(name)))
+            with memory.of(name):
+                engines[name] = stack.enter_context(open_engine(path, engine=engine, threads=threads, shapes=planned))
         new_tokens = new_tokens if _generate(engines) else 0
         check_shapes(shapes, {name: opened.max_length for name, opened in engines.items()}, new_tokens=new_tokens)
         workloads = _workloads(shapes, names, folders, data, new_tokens=new_tokens)
-        measurements = _measure(engines, workloads, warmup=warmup, runs=runs, budget_s=budget_s)
+        measurements, stopped = _measure(
+            engines, workloads, memory, gpu, warmup=warmup, runs=runs, precision=precision, budget_s=budget_s
+        )
+        subjects = tuple(
+            _subject(name, path, folders[name], engines[name], accuracy=accuracy.get(name), memory=memory.found(name))
+            for name, path in names.items()
+        )
         found = receipts(engines, _manifests(names), workloads) if receipt else ()
-    report = Report(environment=machine, subjects=tuple(subjects), measurements=measurements, receipts=found)
+    report = Report(
+        environment=machine,
+        subjects=subjects,
+        measurements=measurements,
+        receipts=found,
+        stopped=stopped,
+        process_peak_bytes=memory.process_peak,
+    )
     with atomic_folder(output, overwrite=overwrite) as folder:
         report.write(folder)
     return report
@@ -111,7 +133,7 @@ def _manifests(names: Mapping[str, Path]) -> dict[str, Manifest]:
 
 
 def _subject(
-    name: str, path: Path, folder: ModelFolder | None, engine: Engine, *, accuracy: Accuracy | None
+    name: str, path: Path, folder: ModelFolder | None, engine: Engine, *, accuracy: Accuracy | None, memory: Memory
 ) -> Subject:
     file = path if path.is_file() else path / "model.onnx"
     return Subject(
@@ -123,6 +145,8 @@ def _subject(
         size_bytes=folder.size_bytes if folder else file.stat().st_size,
         load_ms=engine.load_ms,
         accuracy=accuracy,
+        plan_bytes=getattr(engine, "plan_bytes", None),
+        memory=memory,
     )
 
 
@@ -174,17 +198,38 @@ def _workloads(
 
 
 def _measure(
-    engines: Mapping[str, Engine], workloads: Sequence[Workload], *, warmup: int, runs: int, budget_s: float
-) -> tuple[Measurement, ...]:
+    engines: Mapping[str, Engine],
+    workloads: Sequence[Workload],
+    memory: MemoryWatch,
+    gpu: Gpu | None,
+    *,
+    warmup: int,
+    runs: int,
+    precision: float,
+    budget_s: float,
+) -> tuple[tuple[Measurement, ...], dict[str, Stopped]]:
     measurements: list[Measurement] = []
-    for workload in workloads:
-        calls = {name: _call(engine, workload) for name, engine in engines.items()}
+    stopped: dict[str, Stopped] = {}
+    for index, workload in enumerate(workloads):
+        calls = {}
+        for name, engine in engines.items():
+            with memory.of(name):
+                calls[name] = _call(engine, workload)
+        rule = StopRule(runs=runs, precision=precision, budget_s=budget_s / (len(workloads) - index))
         with progress(f"measure {workload.name}", runs) as advance:
-            latencies: dict[str, Latency] = measure_in_turn(
-                calls, batch=workload.batch, warmup=warmup, runs=runs, budget_s=budget_s, on_round=advance
+            timing = measure_in_turn(
+                calls,
+                batch=workload.batch,
+                warmup=warmup,
+                rule=rule,
+                on_round=_limited(advance, runs),
+                around_warmup=memory.of,
             )
-        baseline = next(iter(latencies.values()))
-        for index, (name, latency) in enumerate(latencies.items()):
+        stopped[workload.name] = rule.stopped(timing.samples, seconds=timing.seconds)
+        budget_s = max(0.0, budget_s - timing.seconds)
+        baseline = next(iter(timing.latencies.values()))
+        for place, (name, latency) in enumerate(timing.latencies.items()):
+            on_gpu = "cpu" not in engines[name].name
             measurements.append(
                 Measurement(
                     workload=workload.name,
@@ -192,11 +237,23 @@ def _measure(
                     sequence=workload.sequence,
                     subject=name,
                     latency=latency,
-                    speedup=compare(baseline, latency) if index else None,
+                    speedup=compare(baseline, latency) if place else None,
                     new_tokens=workload.new_tokens,
+                    energy=measure_energy(gpu, calls[name]) if gpu is not None and on_gpu else None,
                 )
             )
-    return tuple(measurements)
+    return tuple(measurements), stopped
+
+
+def _limited(advance: Callable[[], None], runs: int) -> Callable[[], None]:
+    """Shows the first *runs* rounds; how many more there will be, nobody knows before."""
+    left = iter(range(runs))
+
+    def on_round() -> None:
+        if next(left, None) is not None:
+            advance()
+
+    return on_round
 
 
 def _call(engine: Engine, workload: Workload) -> Callable[[int], object]:

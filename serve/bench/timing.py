@@ -7,17 +7,26 @@ the closest ranks: the p-th of n sorted samples lies at rank p / 100 * (n - 1), 
 7, numpy's default).
 """
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
+
+import numpy as np
 
 UNIT = "ms"
 CONFIDENCE = 0.95
 EQUAL_WITHIN = 0.02
 """Ratios within this of 1 count as the same speed."""
-MINIMUM_ROUNDS = 10
+BLOCKS = ((10, 2.262), (20, 2.093))
+"""Numbers of blocks that rounds are cut into, with the 97.5% quantile of Student's t for as many less one."""
+NORMAL = 1.960
+"""The same quantile of the normal distribution."""
+BLOCK_ROUNDS = 5
+"""Shorter blocks do not show whether rounds depend on each other."""
 
 Finding = Literal["faster", "slower", "same", "undecided"]
 
@@ -39,6 +48,8 @@ class Latency:
     batch: int
     warmup: int
     """Inferences before the first sample, not among the samples."""
+    first: float | None = None
+    """Of the very first inference of this workload, one of the warm-up: what a runtime prepares for a new shape."""
     unit: str = field(default=UNIT, init=False)
 
     @property
@@ -79,10 +90,33 @@ class Latency:
             "unit": self.unit,
             "runs": len(self.samples),
             "warmup": self.warmup,
+            "first": self.first,
             **numbers,
             "throughput_per_s": self.throughput,
             "samples": list(self.samples),
         }
+
+
+class Rule(Protocol):
+    """Says when to stop: see serve.bench.stopping.StopRule."""
+
+    def reached(self, samples: Mapping[str, Sequence[float]], *, seconds: float) -> bool:
+        """Whether the round just made, now the last of each engine's *samples* in ms, was the last."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """What measure_in_turn found."""
+
+    latencies: dict[str, Latency]
+    seconds: float
+    """From the beginning of the first round to the end of the last."""
+
+    @property
+    def samples(self) -> dict[str, tuple[float, ...]]:
+        """Milliseconds by engine."""
+        return {name: latency.samples for name, latency in self.latencies.items()}
 
 
 def measure_in_turn(
@@ -90,23 +124,26 @@ def measure_in_turn(
     *,
     batch: int,
     warmup: int,
-    runs: int,
-    budget_s: float = math.inf,
+    rule: Rule,
     clock: Callable[[], float] = time.perf_counter,
     on_round: Callable[[], None] = lambda: None,
-) -> dict[str, Latency]:
-    """Call every engine *warmup* times, then time *runs* rounds of one call each, in the mapping's order.
+    around_warmup: Callable[[str], AbstractContextManager[object]] = nullcontext,
+) -> Timing:
+    """Call every engine *warmup* times, then time rounds of one call each, in the mapping's order, as *rule* says.
 
     Each value of *engines* is called with the number of the round: with several engines twice, and the second call is
-    timed. Stops early once *budget_s* seconds of timed
-    rounds are over, but never before MINIMUM_ROUNDS (or *runs*, if that is less); all engines get the same rounds.
+    timed. All engines get the same rounds. The warm-up of an engine runs within *around_warmup* of its name.
     """
-    for call in engines.values():
-        for index in range(warmup):
-            call(index)
+    first: dict[str, float] = {}
+    for name, call in engines.items():
+        with around_warmup(name):
+            for index in range(warmup):
+                start = clock()
+                call(index)
+                first.setdefault(name, (clock() - start) * 1000)
     samples: dict[str, list[float]] = {name: [] for name in engines}
     begin = clock()
-    for index in range(runs):
+    for index in itertools.count():
         for name, call in engines.items():
             if len(engines) > 1:
                 call(index)
@@ -114,16 +151,24 @@ def measure_in_turn(
             call(index)
             samples[name].append((clock() - start) * 1000)
         on_round()
-        if index + 1 >= MINIMUM_ROUNDS and clock() - begin >= budget_s:
+        seconds = clock() - begin
+        if rule.reached(samples, seconds=seconds):
             break
-    return {name: Latency(samples=tuple(values), batch=batch, warmup=warmup) for name, values in samples.items()}
+    latencies = {
+        name: Latency(samples=tuple(values), batch=batch, warmup=warmup, first=first.get(name))
+        for name, values in samples.items()
+    }
+    return Timing(latencies=latencies, seconds=seconds)
 
 
-def median_interval(samples: Sequence[float], *, confidence: float = CONFIDENCE) -> tuple[float, float] | None:
+def median_interval(
+    samples: Sequence[float], *, confidence: float = CONFIDENCE, widened: float = 1.0
+) -> tuple[float, float] | None:
     """An interval for the median from order statistics, which assumes nothing about the distribution's form.
 
     With B binomial (n, 1/2), the k-th smallest and k-th largest samples enclose the median with probability
     1 - 2 P(B < k); k is the largest for which that is at least *confidence*. None where n is too small for any.
+    That takes independent samples; for others, *widened* is by how much further from the middle k lies.
     """
     n = len(samples)
     below, k = 0.0, 0
@@ -132,10 +177,31 @@ def median_interval(samples: Sequence[float], *, confidence: float = CONFIDENCE)
         if 2 * below > 1 - confidence:
             break
         k += 1
-    if k == 0:
+    if k:
+        k = math.floor(n / 2 - (n / 2 - k) * widened)
+    if k < 1:
         return None
     ordered = sorted(samples)
     return ordered[k - 1], ordered[n - k]
+
+
+def dependence(samples: Sequence[float]) -> float:
+    """By how much an interval of the median is to be wider because samples in a row are alike; 1 or more.
+
+    The samples become signs, below their median or above. Were they independent, the mean of a block of L signs would
+    have the variance 1 / L; its variance over the blocks, times L, is what dependence adds (batch means: Heidelberger
+    and Lewis, Quantile estimation in dependent sequences, 1984). BLOCKS are few, so that Student's t replaces the
+    normal distribution, and the greater of two block lengths counts. 1 for too few samples to tell.
+    """
+    values = np.asarray(samples, dtype=np.float64)
+    signs = np.where(values <= np.median(values), 1.0, -1.0) if values.size else values
+    found = 1.0
+    for blocks, quantile in BLOCKS:
+        length = len(signs) // blocks
+        if length >= BLOCK_ROUNDS:
+            means = signs[: blocks * length].reshape(blocks, length).mean(axis=1)
+            found = max(found, float(length * means.var(ddof=1)) * (quantile / NORMAL) ** 2)
+    return math.sqrt(found)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +212,7 @@ class Speedup:
     """Median of the rounds' ratios."""
     low: float | None
     high: float | None
-    """95% interval of that median; None where there were too few rounds for one."""
+    """95% interval of that median, rounds being alike or not; None where there were too few rounds for one."""
     rounds: int
 
     @property
@@ -176,7 +242,12 @@ class Speedup:
 
 def compare(baseline: Latency, candidate: Latency) -> Speedup:
     """Ratios of the two, round by round. Both must come from one call of measure_in_turn."""
-    ratios = [a / b for a, b in zip(baseline.samples, candidate.samples, strict=True)]
-    interval = median_interval(ratios)
+    return compare_samples(baseline.samples, candidate.samples)
+
+
+def compare_samples(baseline: Sequence[float], candidate: Sequence[float]) -> Speedup:
+    """The same of their samples."""
+    ratios = [a / b for a, b in zip(baseline, candidate, strict=True)]
+    interval = median_interval(ratios, widened=dependence(ratios))
     low, high = interval if interval is not None else (None, None)
     return Speedup(ratio=percentile(ratios, 50), low=low, high=high, rounds=len(ratios))

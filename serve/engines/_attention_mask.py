@@ -25,7 +25,7 @@ def _condition_parts(graph: GraphView, name: str) -> Iterator[str]:
     if name in graph.initializers:
         yield "all" if graph.constant(name).all() else "unknown"
         return
-    node = graph.made_by(name, "And", "Expand", "GreaterOrEqual", "LessOrEqual", "GatherND")
+    node = graph.made_by(name, "And", "Expand", "GreaterOrEqual", "LessOrEqual", "GatherND", "Unsqueeze")
     operator = node.op_type
     if operator == "And":
         for part in node.input:
@@ -36,7 +36,7 @@ def _condition_parts(graph: GraphView, name: str) -> Iterator[str]:
         yield "all"
     elif operator == "LessOrEqual" and _counts(graph, node.input[0]) and _counts(graph, node.input[1]):
         yield "causal"
-    elif operator == "GatherND" and _is_mask(graph, node.input[0]):
+    elif operator in ("GatherND", "Unsqueeze") and _is_mask(graph, node.input[0]):
         yield "padding"
     else:
         yield "unknown"

@@ -5,7 +5,8 @@ Importing this module touches no GPU; Cuda() does.
 
 import ctypes
 import importlib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,12 @@ from serve.engines import Array
 
 MISSING = "cuda-bindings is not installed; install it with: pip install cuda-bindings (of your driver's CUDA version)."
 NO_DEVICE = "No NVIDIA GPU can be used here ({reason}); check the driver with nvidia-smi, or choose another --engine."
+TOO_OLD = (
+    "The NVIDIA driver is missing, or older than cuda-bindings wants; check it with nvidia-smi, and install the "
+    "cuda-bindings of the CUDA version that this shows: pip install 'cuda-bindings==12.*', or 13."
+)
+ALIGNMENT = 256
+"""Bytes: what TensorRT wants of an address."""
 _TO_DEVICE, _TO_HOST, _NON_BLOCKING, _THREAD_LOCAL = 1, 2, 1, 1
 
 
@@ -29,15 +36,22 @@ def load_bindings() -> Any:
 
 
 class Cuda:
-    """The first GPU and one stream on it. Every method raises EngineError where CUDA refuses, but for capture."""
+    """The first GPU and one stream on it.
+
+    What queues, copies or allocates raises EngineError where CUDA refuses. What frees does not: after a fault CUDA
+    refuses everything, and the first error is the one to tell.
+    """
 
     def __init__(self) -> None:
         """Raise EngineError where cuda-bindings is missing, or there is no GPU that it can use."""
         self._runtime = runtime = load_bindings()
         error, count = runtime.cudaGetDeviceCount()
+        if _words(error) == "cudaErrorInsufficientDriver":
+            raise EngineError(TOO_OLD)
         if int(error) or not count:
             raise EngineError(NO_DEVICE.format(reason=_words(error) if int(error) else "CUDA finds none"))
-        self._copy, self._kind = runtime.cudaMemcpyAsync, runtime.cudaMemcpyKind
+        self._copy = runtime.cudaMemcpyAsync
+        self._in, self._out = runtime.cudaMemcpyKind(_TO_DEVICE), runtime.cudaMemcpyKind(_TO_HOST)
         self._stream = self._call("cudaStreamCreateWithFlags", _NON_BLOCKING)
         self.stream = int(self._stream)
         """Its handle, as TensorRT takes it."""
@@ -52,19 +66,40 @@ class Cuda:
 
     def free(self, address: int) -> None:
         """Of allocate."""
-        self._call("cudaFree", address)
+        self._runtime.cudaFree(address)
 
     def free_host(self, address: int) -> None:
         """Of allocate_host."""
-        self._call("cudaFreeHost", address)
+        self._runtime.cudaFreeHost(address)
 
     def to_device(self, device: int, host: int, size: int) -> None:
         """Queue a copy of *size* bytes."""
-        self._check(self._copy(device, host, size, self._kind(_TO_DEVICE), self._stream), "cudaMemcpyAsync")
+        self._check(self._copy(device, host, size, self._in, self._stream), "cudaMemcpyAsync")
 
     def to_host(self, host: int, device: int, size: int) -> None:
         """Queue a copy of *size* bytes."""
-        self._check(self._copy(host, device, size, self._kind(_TO_HOST), self._stream), "cudaMemcpyAsync")
+        self._check(self._copy(host, device, size, self._out, self._stream), "cudaMemcpyAsync")
+
+    def rows_to_host(self, host: int, device: int, *, size: int, pitch: int, rows: int) -> None:
+        """Queue a copy of *rows* pieces of *size* bytes, which lie *pitch* bytes apart on the GPU and together here."""
+        self._check(
+            self._runtime.cudaMemcpy2DAsync(host, size, device, pitch, size, rows, self._out, self._stream),
+            "cudaMemcpy2DAsync",
+        )
+
+    def write(self, device: int, array: Array) -> None:
+        """Copy a contiguous array to the GPU, now."""
+        if array.nbytes:
+            self.to_device(device, array.ctypes.data, array.nbytes)
+            self.synchronize()
+
+    def read(self, device: int, shape: tuple[int, ...], dtype: str) -> Array:
+        """A new array of what lies on the GPU."""
+        array: Array = np.empty(shape, dtype)
+        if array.nbytes:
+            self.to_host(array.ctypes.data, device, array.nbytes)
+            self.synchronize()
+        return array
 
     def synchronize(self) -> None:
         """Wait for everything that was queued."""
@@ -101,11 +136,11 @@ class Cuda:
 
     def drop(self, graph: Any) -> None:
         """Free a captured graph."""
-        self._call("cudaGraphExecDestroy", graph)
+        self._runtime.cudaGraphExecDestroy(graph)
 
     def close(self) -> None:
         """Free the stream; the last call."""
-        self._call("cudaStreamDestroy", self._stream)
+        self._runtime.cudaStreamDestroy(self._stream)
 
     def _call(self, name: str, *arguments: Any) -> Any:
         result = getattr(self._runtime, name)(*arguments)
@@ -126,37 +161,54 @@ def _words(error: Any) -> str:
 
 
 class Buffer:
-    """One tensor's place on the GPU, and its twin in pinned host memory; both grow and are kept.
+    """Memory on the GPU and its twin in pinned host memory, for several arrays side by side; both grow and are kept.
 
-    ``device`` is an address that changes when reserve says so.
+    One copy then serves all of them.
     """
 
     def __init__(self, cuda: Cuda) -> None:
         self._cuda = cuda
-        self.device = self.host = self.size = 0
+        self._device = self._host = self._size = self._used = 0
         self._bytes: Array = np.empty(0, np.uint8)
 
-    def reserve(self, size: int) -> bool:
-        """Make room for *size* bytes; whether that moved it."""
-        if size <= self.size:
-            return False
-        self.close()
-        size = -(-size // 256) * 256
-        self.device = self._cuda.allocate(size)
-        self.host = self._cuda.allocate_host(size)
-        self.size = size
-        self._bytes = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(self.host))
-        return True
+    def place(self, arrays: Sequence[tuple[tuple[int, ...], str]]) -> tuple[list[int], list[Array]]:
+        """Make room for arrays of these shapes and types: their addresses on the GPU, and their views on the host.
 
-    def view(self, shape: tuple[int, ...], dtype: str) -> Array:
-        """The host memory as an array; valid until the buffer moves."""
-        size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-        return self._bytes[:size].view(dtype).reshape(shape)
+        Both are valid until the next call.
+        """
+        offsets, sizes, end = [], [], 0
+        for shape, dtype in arrays:
+            offsets.append(end)
+            sizes.append(math.prod(shape) * np.dtype(dtype).itemsize)
+            end += max(1, -(-sizes[-1] // ALIGNMENT)) * ALIGNMENT  # an empty array has an address as well
+        if end > self._size:
+            self.close()
+            self._device, self._host, self._size = self._cuda.allocate(end), self._cuda.allocate_host(end), end
+            self._bytes = np.ctypeslib.as_array((ctypes.c_uint8 * end).from_address(self._host))
+        self._used = end
+        views = [
+            self._bytes[offset : offset + size].view(dtype).reshape(shape)
+            for offset, size, (shape, dtype) in zip(offsets, sizes, arrays, strict=True)
+        ]
+        return [self._device + offset for offset in offsets], views
+
+    def to_device(self) -> None:
+        """Queue a copy of all arrays."""
+        self._cuda.to_device(self._device, self._host, self._used)
+
+    @property
+    def host(self) -> int:
+        """The host's address of the first array."""
+        return self._host
+
+    def to_host(self) -> None:
+        """Queue a copy of all arrays."""
+        self._cuda.to_host(self._host, self._device, self._used)
 
     def close(self) -> None:
         """Free both."""
-        if self.host:
-            self._cuda.free_host(self.host)
-        if self.device:
-            self._cuda.free(self.device)
-        self.device = self.host = self.size = 0
+        if self._host:
+            self._cuda.free_host(self._host)
+        if self._device:
+            self._cuda.free(self._device)
+        self._device = self._host = self._size = self._used = 0

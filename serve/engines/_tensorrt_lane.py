@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from export.manifest import TensorInfo
+from export.targets.tensorrt import Profile
 from pst.errors import EngineError
 from serve.engines import Array
 from serve.engines._cuda import Buffer, Cuda
@@ -14,6 +15,10 @@ from serve.engines._cuda import Buffer, Cuda
 REPEATS = 3
 """Inferences of one shape, one after the other, before what they queue is captured as a graph. The first of a shape
 also sets up what must not be captured; a decoder's shapes change with every token, so that none of them is captured."""
+
+
+Bounds = Mapping[str, tuple[tuple[int, ...], ...]]
+"""Of a profile: by input, the smallest, usual and largest shape."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +44,9 @@ class Lane:
     ) -> None:  # fmt: skip
         self._cuda, self._context, self._failure = cuda, context, failure
         self._inputs, self._outputs = inputs, outputs
-        self._buffers = {port.name: Buffer(cuda) for port in (*inputs, *outputs)}
-        self._views: dict[str, Array] = {}
+        self._before, self._after = Buffer(cuda), Buffer(cuda)
+        self._given: list[Array] = []
+        self._made: list[Array] = []
         self._key: tuple[tuple[int, ...], ...] = ()
         self._graph: Any = None
         self._count, self._graphs = 0, graphs
@@ -62,13 +68,12 @@ class Lane:
         """Whether the next inference of this shape launches a graph."""
         return self._graph is not None
 
-    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """New arrays by name. The feeds fit the profile."""
-        key = tuple(feeds[port.name].shape for port in self._inputs)
+    def run(self, key: tuple[tuple[int, ...], ...], feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """New arrays by name. The feeds fit the profile; *key* is their shapes, in the order of the inputs."""
         if key != self._key:
             self._reshape(key)
-        for port in self._inputs:
-            np.copyto(self._views[port.name], feeds[port.name], casting="same_kind")
+        for port, view in zip(self._inputs, self._given, strict=True):
+            np.copyto(view, feeds[port.name], casting="same_kind")
         if self._graphs and self._graph is None and self._count >= REPEATS:
             self._graph = self._cuda.capture(self._queue)
             self._graphs = self._graph is not None  # it is not tried again
@@ -78,50 +83,80 @@ class Lane:
             self._queue()
             self._count += 1
         self._cuda.synchronize()
-        return {port.name: self._views[port.name].astype(port.outside) for port in self._outputs}
+        return {port.name: view.astype(port.outside) for port, view in zip(self._outputs, self._made, strict=True)}
+
+    def shape(self, feeds: Mapping[str, Array], past: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """Prepare for feeds that come with a past of these shapes: the outputs' shapes, by name."""
+        shapes = self._set_shapes([past.get(port.name) or feeds[port.name].shape for port in self._inputs])
+        return dict(zip((port.name for port in self._outputs), shapes, strict=True))
+
+    def extend(
+        self, feeds: Mapping[str, Array], addresses: Mapping[str, int], scores: tuple[int, ...], *, name: str = "logits"
+    ) -> Array:
+        """After shape: run *feeds*, with what stays on the GPU at *addresses*, by input or output.
+
+        Of the output *name*, (rows, tokens, vocabulary) as *scores* says, the last token's, (rows, vocabulary).
+        """
+        for each, address in addresses.items():
+            self._set_address(each, address)
+        ports = [port for port in self._inputs if port.name in feeds]
+        views = self._place(self._before, ports, [feeds[port.name].shape for port in ports])
+        for port, view in zip(ports, views, strict=True):
+            np.copyto(view, feeds[port.name], casting="same_kind")
+        port = next(port for port in self._outputs if port.name == name)
+        rows, tokens, vocabulary = scores
+        size = vocabulary * np.dtype(port.dtype).itemsize
+        _, (last,) = self._after.place([((rows, vocabulary), port.dtype)])
+        self._before.to_device()
+        if not self._context.execute_async_v3(self._cuda.stream):
+            raise self._failure("fails to run the model")
+        start = addresses[name] + (tokens - 1) * size
+        self._cuda.rows_to_host(self._after.host, start, size=size, pitch=tokens * size, rows=rows)
+        self._cuda.synchronize()
+        return last.astype(port.outside)
 
     def close(self) -> None:
         """Free everything but the engine's own memory."""
         self._forget_graph()
         self._context = None
-        self._views = {}
-        for buffer in self._buffers.values():
-            buffer.close()
+        self._given, self._made = [], []
+        self._before.close()
+        self._after.close()
 
     def _reshape(self, key: tuple[tuple[int, ...], ...]) -> None:
-        self._key, self._count = (), 0  # until all of this has succeeded
+        shapes = self._set_shapes(key)
+        self._given = self._place(self._before, self._inputs, key)
+        self._made = self._place(self._after, self._outputs, shapes)
+        self._key = key
+
+    def _set_shapes(self, key: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+        """Those of the outputs, from those of the inputs; whatever was placed and captured is void."""
+        self._key, self._count = (), 0
         self._forget_graph()
         for port, shape in zip(self._inputs, key, strict=True):
             if not self._context.set_input_shape(port.name, shape):
                 raise self._failure(f"does not take the shape {shape} for {port.name}")
-            self._place(port, shape)
-        for port in self._outputs:
-            shape = tuple(self._context.get_tensor_shape(port.name))
-            if min(shape, default=1) < 0:
-                raise self._failure(f"does not tell the shape of {port.name} before it has run")
-            self._place(port, shape)
-        self._key = key
+        shapes = [tuple(self._context.get_tensor_shape(port.name)) for port in self._outputs]
+        if any(length < 0 for shape in shapes for length in shape):
+            raise self._failure("does not tell the shapes of its outputs before it has run")
+        return shapes
 
-    def _place(self, port: Port, shape: tuple[int, ...]) -> None:
-        buffer = self._buffers[port.name]
-        size = int(np.prod(shape, dtype=np.int64)) * np.dtype(port.dtype).itemsize
-        buffer.reserve(max(size, 1))  # an empty cache has an address as well
-        self._views[port.name] = buffer.view(shape, port.dtype)
-        if not self._context.set_tensor_address(port.name, buffer.device):
-            raise self._failure(f"does not take an address for {port.name}")
+    def _place(self, buffer: Buffer, ports: Sequence[Port], shapes: Sequence[tuple[int, ...]]) -> list[Array]:
+        addresses, views = buffer.place([(shape, port.dtype) for port, shape in zip(ports, shapes, strict=True)])
+        for port, address in zip(ports, addresses, strict=True):
+            self._set_address(port.name, address)
+        return views
+
+    def _set_address(self, name: str, address: int) -> None:
+        if not self._context.set_tensor_address(name, address):
+            raise self._failure(f"does not take an address for {name}")
 
     def _queue(self) -> None:
-        """Copies in, the model, copies out."""
-        for port in self._inputs:
-            buffer, view = self._buffers[port.name], self._views[port.name]
-            if view.nbytes:
-                self._cuda.to_device(buffer.device, buffer.host, view.nbytes)
+        """Copy all inputs in, run the model, copy all outputs out."""
+        self._before.to_device()
         if not self._context.execute_async_v3(self._cuda.stream):
             raise self._failure("fails to run the model")
-        for port in self._outputs:
-            buffer, view = self._buffers[port.name], self._views[port.name]
-            if view.nbytes:
-                self._cuda.to_host(buffer.host, buffer.device, view.nbytes)
+        self._after.to_host()
 
     def _forget_graph(self) -> None:
         if self._graph is not None:
@@ -129,22 +164,22 @@ class Lane:
             self._graph = None
 
 
-def fits(bounds: Mapping[str, tuple[tuple[int, ...], ...]], feeds: Mapping[str, Array]) -> bool:
-    """Whether all feeds lie within a profile's *bounds*: by input, the smallest, usual and largest shape."""
+def fits(bounds: Bounds, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether the shapes of all inputs lie within a profile's."""
     return all(
         low <= length <= high
         for name, (smallest, _, largest) in bounds.items()
-        for low, length, high in zip(smallest, feeds[name].shape, largest, strict=True)
+        for low, length, high in zip(smallest, shapes[name], largest, strict=True)
     )
 
 
-def width(bounds: Mapping[str, tuple[tuple[int, ...], ...]]) -> int:
+def width(bounds: Bounds) -> int:
     """How many different shapes a profile takes, roughly: the narrowest that fits is chosen."""
     return sum(
         high - low for smallest, _, largest in bounds.values() for low, high in zip(smallest, largest, strict=True)
     )
 
 
-def bounds_of(inputs: Sequence[TensorInfo], profile: Any) -> dict[str, tuple[tuple[int, ...], ...]]:
-    """By input, the three shapes of a profile."""
+def bounds_of(inputs: Sequence[TensorInfo], profile: Profile) -> Bounds:
+    """Those of *profile*."""
     return {tensor.name: profile.shapes(tensor) for tensor in inputs}

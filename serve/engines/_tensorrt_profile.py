@@ -47,7 +47,7 @@ class TensorRTProfiler:
         """See Profiler."""
         self._runs.append({})
         self._engine.infer(feeds)
-        self._context = self._engine.lane(feeds).context
+        self._context = self._engine.lane({name: array.shape for name, array in feeds.items()}).context
 
     def _report(self, layer: str, ms: float) -> None:
         self._runs[-1][layer] = self._runs[-1].get(layer, 0.0) + ms
@@ -93,7 +93,10 @@ class TensorRTProfiler:
         inspector = self._engine.inspector()
         if self._context is not None:
             inspector.execution_context = self._context
-        told = json.loads(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON), strict=False)
+        try:
+            told = json.loads(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON), strict=False)
+        except ValueError:  # names with characters that TensorRT does not escape
+            return {}
         return {
             plain_name(layer["Name"]): layer
             for layer in told.get("Layers", ())

@@ -22,6 +22,7 @@ from pst.progress import note
 from serve.describe import max_positions
 from serve.engines import ANY_SHAPE, Array, Profiler, Shapes, TensorSpec, check_feeds
 from serve.engines._cuda import Cuda, load_bindings
+from serve.engines._tensorrt_cache import Pool, TensorRTCache
 from serve.engines._tensorrt_lane import Lane, Port, bounds_of, fits, width
 
 PACKAGES = {"": "tensorrt", "rtx": "tensorrt_rtx"}
@@ -49,7 +50,7 @@ class TensorRTEngine:
         self._trt = versions.find_runtime(PACKAGES[variant])
         load_bindings()  # before minutes of building
         self._cuda: Cuda | None = Cuda()
-        self.name = "tensorrt-rtx" if variant else "tensorrt"
+        self.name = f"{self._trt.__name__.replace('_', '-')}-{self._trt.__version__}"
         self.threads = threads
         self.artifact, self.shapes, self.variant = path, shapes, variant
         self._timer = timer
@@ -57,6 +58,8 @@ class TensorRTEngine:
         self._log = versions.logger(self._trt, self._errors)
         self._lanes: dict[int, Lane] = {}
         self._workspace = 0
+        self.pool = Pool(self._cuda)
+        """Of what a decoder's cache needs."""
         self._runtime: Any = None
         self._model: Any = None
         try:
@@ -71,32 +74,55 @@ class TensorRTEngine:
         self.max_length = max_positions(path)
         self._bounds = [bounds_of(self.manifest.inputs, profile) for profile in self.plan.profiles]
         self._order = sorted(range(len(self._bounds)), key=lambda index: width(self._bounds[index]))
-        self._last: tuple[tuple[tuple[int, ...], ...], int] = ((), 0)
+        self._lane: Lane | None = None  # of the last inference, for which alone the next two hold
+        self._key: tuple[tuple[int, ...], ...] = ()
+        self._kinds: list[tuple[tuple[int, ...], Any]] = []
 
     def infer(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Outputs by name; raises EngineError for feeds that do not fit, or when the runtime fails."""
         if self._cuda is None:
             raise EngineError("The engine is closed; open it again.")
-        check_feeds(self.inputs, feeds, max_length=self.max_length)
-        return self.lane(feeds).run(feeds)
+        try:
+            kinds = [(feeds[name].shape, feeds[name].dtype) for name in self.inputs]
+        except (KeyError, AttributeError):
+            kinds = []
+        if kinds != self._kinds or len(feeds) != len(kinds):  # else they were found right the last time
+            self._kinds = []
+            check_feeds(self.inputs, feeds, max_length=self.max_length)
+            self._lane = self.lane({name: feeds[name].shape for name in self.inputs})
+            self._key = tuple(shape for shape, _ in kinds)
+            self._kinds = kinds
+        assert self._lane is not None
+        return self._lane.run(self._key, feeds)
 
-    def lane(self, feeds: Mapping[str, Array]) -> Lane:
-        """What runs *feeds*, made on first use. Raises EngineError where no profile of the plan takes them."""
-        shapes = tuple(feeds[port.name].shape for port in self._inputs)
-        if shapes != self._last[0]:
-            index = next((index for index in self._order if fits(self._bounds[index], feeds)), None)
-            if index is None:
-                first = next(iter(self.inputs))
-                raise EngineError(
-                    f"The plan takes the shapes {' and '.join(map(str, self.plan.profiles))} (batch x tokens), but "
-                    f"{first} is {' x '.join(map(str, feeds[first].shape))}; give smaller batches, or build a plan for "
-                    "it: pst export --format tensorrt --profile."
-                )
-            self._last = (shapes, index)
-        index = self._last[1]
+    def lane(self, shapes: Mapping[str, tuple[int, ...]]) -> Lane:
+        """What runs inputs of these shapes, made on first use.
+
+        Raises EngineError where no profile takes them, or once the engine is closed.
+        """
+        cuda = self.cuda
+        index = next((index for index in self._order if fits(self._bounds[index], shapes)), None)
+        if index is None:
+            first = next(iter(self.inputs))
+            raise EngineError(
+                f"The plan takes the shapes {' and '.join(map(str, self.plan.profiles))} (batch x tokens), but "
+                f"{first} is {' x '.join(map(str, shapes[first]))}; give smaller batches, or build a plan for "
+                "it: pst export --format tensorrt --profile."
+            )
         if index not in self._lanes:
-            self._lanes[index] = self._new_lane(index)
+            self._lanes[index] = self._new_lane(cuda, index)
         return self._lanes[index]
+
+    def cache(self, past: Mapping[str, Array]) -> TensorRTCache:
+        """See CachingEngine: a decoder's cache of *past*, which stays on the GPU."""
+        return TensorRTCache.of(self, past)
+
+    @property
+    def cuda(self) -> Cuda:
+        """The GPU. Raises EngineError once the engine is closed."""
+        if self._cuda is None:
+            raise EngineError("The engine is closed; open it again.")
+        return self._cuda
 
     def inspector(self) -> Any:
         """TensorRT's EngineInspector of the plan."""
@@ -116,10 +142,17 @@ class TensorRTEngine:
         for lane in self._lanes.values():
             lane.close()
         self._lanes.clear()
+        self._lane = None
+        self.pool.close()
         self._model = self._runtime = None
         if self._workspace:
             cuda.free(self._workspace)
         cuda.close()
+
+    def __del__(self) -> None:
+        """Of whoever forgot to close it: memory of the GPU is not Python's to collect."""
+        if hasattr(self, "_lanes"):
+            self.close()
 
     def __enter__(self) -> Self:
         return self
@@ -169,23 +202,21 @@ class TensorRTEngine:
         inputs = len(self.manifest.inputs)
         return ports[:inputs], ports[inputs:]
 
-    def _new_lane(self, index: int) -> Lane:
-        assert self._cuda is not None
+    def _new_lane(self, cuda: Cuda, index: int) -> Lane:
         context = versions.new_context(self._trt, self._model, self._share)
         if context is None:
             raise self._failure("cannot make a context")
         if self._timer is not None:
             context.profiler = self._timer
         return Lane(
-            self._cuda, context, profile=index, inputs=self._inputs, outputs=self._outputs, failure=self._failure,
+            cuda, context, profile=index, inputs=self._inputs, outputs=self._outputs, failure=self._failure,
             graphs=self._timer is None,
         )  # fmt: skip
 
     def _share(self, size: int) -> int:
         """Memory that all contexts use: each asks for the same size, that of the plan's largest need."""
-        assert self._cuda is not None
         if not self._workspace:
-            self._workspace = self._cuda.allocate(size)
+            self._workspace = self.cuda.allocate(size)
         return self._workspace
 
     def _failure(self, what: str, *, remedy: str = "delete the artifact's folder plans, and try again.") -> EngineError:

@@ -75,7 +75,9 @@ def test_a_loss_beyond_floats() -> None:
 
 def test_bench_puts_it_beside_the_speed(exported: Exported, corpus: Path, tmp_path: Path) -> None:
     paths, data = [exported(kind)[1] for kind in KINDS], DataSpec(data=str(corpus))
-    report = bench(paths, shapes=[(1, 8)], output=tmp_path / "r", threads=1, warmup=1, runs=2, new_tokens=2, data=data)
+    report = bench(
+        paths, shapes=[(1, 8)], output=tmp_path / "r", threads=1, warmup=1, runs=2, precision=0, new_tokens=2, data=data
+    )
     assert [entry.workload for entry in report.of(report.subjects[0].name)] == ["1x8 prompt", "1x8 +2 tokens"]
     for subject, path in zip(report.subjects, paths, strict=True):
         assert subject.accuracy is not None

@@ -142,7 +142,10 @@ def _built(folder: Path, key: PlanKey) -> tuple[Profile, ...]:
     """
     records = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in records:
-        record = read_json(path, EngineError, _REMEDY)
+        try:
+            record = read_json(path, EngineError, _REMEDY)
+        except EngineError:  # of another plan, which is not asked for here
+            continue
         same = all(
             record.get(name) == value for name, value in asdict(key).items() if name not in ("profiles", "flags")
         )

@@ -9,6 +9,7 @@ import pytest
 
 from pst.errors import ConfigError, RunError
 from serve.bench.comparison import compare_reports
+from serve.bench.html import page
 from serve.bench.runner import bench
 
 
@@ -17,6 +18,23 @@ def write(path: Path, samples: dict[tuple[str, str], list[float]], **environment
     entries = [{"artifact": a, "workload": w, "latency": {"samples": found}} for (a, w), found in samples.items()]
     path.write_text(json.dumps({"schema_version": 1, "environment": machine, "measurements": entries}))
     return path
+
+
+def test_a_report_of_the_first_schema_is_read(tmp_path: Path, bert_artifact: Path) -> None:
+    """benchmarks/ holds some; what the second added is not needed to compare them."""
+    bench([bert_artifact], shapes=[(1, 4)], output=tmp_path / "new", threads=1, warmup=1, runs=6, receipt=False)
+    report = json.loads((tmp_path / "new" / "report.json").read_text(encoding="utf-8"))
+    old = report | {"schema_version": 1}
+    for added in ("stopped", "notes", "process_peak_bytes"):
+        del old[added]
+    for artifact in old["artifacts"]:
+        del artifact["memory"], artifact["plan_bytes"]
+    for entry in old["measurements"]:
+        del entry["energy"], entry["latency"]["first"]
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    found = compare_reports(tmp_path / "old.json", tmp_path / "new")
+    assert [row.speedup.ratio for row in found.rows] == [1.0]
+    assert "bert" in page(old, machine=[])
 
 
 def noisy(center: float, *, count: int = 60) -> list[float]:
@@ -83,7 +101,7 @@ def test_what_is_no_report_is_refused(tmp_path: Path) -> None:
     (tmp_path / "newer.json").write_text('{"schema_version": 9, "measurements": []}')
     with pytest.raises(RunError, match=r"is not a report of pst bench; give the report\.json"):
         compare_reports(good, tmp_path / "other.json")
-    with pytest.raises(RunError, match="schema version 9, this program reads up to 1; update it"):
+    with pytest.raises(RunError, match="schema version 9, this program reads up to 2; update it"):
         compare_reports(tmp_path / "newer.json", good)
     with pytest.raises(RunError, match=r"give the report\.json"):
         compare_reports(good, tmp_path / "nowhere")

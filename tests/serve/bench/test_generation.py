@@ -27,14 +27,16 @@ def measurement(exported: Exported, tmp_path_factory: pytest.TempPathFactory) ->
     """Two models with one vocabulary, as if they were a dense and a sparse one."""
     output = tmp_path_factory.mktemp("bench") / "report"
     paths = [exported(kind)[1] for kind in ("llama", "gpt2")]
-    return bench(paths, shapes=[(1, 8), (3, 16)], output=output, threads=1, warmup=1, runs=12, new_tokens=NEW), output
+    return bench(
+        paths, shapes=[(1, 8), (3, 16)], output=output, threads=1, warmup=1, runs=12, precision=0, new_tokens=NEW
+    ), output
 
 
 def test_a_prompt_and_the_tokens_after_it_are_two_workloads(measurement: tuple[Report, Path]) -> None:
     report, output = measurement
     content = json.loads((output / "report.json").read_text(encoding="utf-8"))
     assert content == json.loads(json.dumps(report.to_json()))
-    assert content["schema_version"] == 1
+    assert content["schema_version"] == 2
     names = [f"{shape}{part}" for shape in ("1x8", "3x16") for part in (" prompt", f" +{NEW} tokens")]
     assert list(dict.fromkeys(entry["workload"] for entry in content["measurements"])) == names
     for entry in content["measurements"]:

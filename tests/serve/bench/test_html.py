@@ -53,7 +53,7 @@ def report(
     output = tmp_path_factory.mktemp("bench") / "report"
     bench(
         [bert_artifact, sparse_artifact], shapes=[(1, 8), (2, 8)], output=output, threads=1, warmup=1, runs=12,
-        data=DataSpec(data=str(reviews_file)),
+        precision=0, data=DataSpec(data=str(reviews_file)),
     )  # fmt: skip
     return output
 

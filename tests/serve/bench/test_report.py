@@ -10,8 +10,12 @@ import pytest
 
 from pst.data import DataSpec
 from pst.errors import ArtifactError, ConfigError, RunError
+from serve.bench.gpu import Energy
+from serve.bench.html import page
+from serve.bench.memory import Memory
 from serve.bench.report import Measurement, Report, Subject, verdict
 from serve.bench.runner import bench, unique_names
+from serve.bench.stopping import LEAST_ROUNDS
 from serve.bench.timing import Latency, compare
 
 ZEROS = "ONNX Runtime's CPU kernels multiply zeros like any other number"
@@ -81,7 +85,7 @@ def measurement(
     output = tmp_path_factory.mktemp("bench") / "report"
     report = bench(
         [bert_artifact, sparse_artifact], shapes=[(1, 8), (4, 16)], output=output, threads=1, warmup=2, runs=12,
-        data=DataSpec(data=str(reviews_file)), command="pst bench a b",
+        precision=0, data=DataSpec(data=str(reviews_file)), command="pst bench a b",
     )  # fmt: skip
     return report, output
 
@@ -90,7 +94,7 @@ def test_report_json(measurement: tuple[Report, Path]) -> None:
     report, output = measurement
     content = json.loads((output / "report.json").read_text(encoding="utf-8"))
     assert content == json.loads(json.dumps(report.to_json()))
-    assert content["schema_version"] == 1
+    assert content["schema_version"] == 2
     assert content["baseline"] == "bert"
     assert [(entry["name"], entry["pattern"]) for entry in content["artifacts"]] == [
         ("bert", "dense"),
@@ -102,6 +106,13 @@ def test_report_json(measurement: tuple[Report, Path]) -> None:
         assert entry["accuracy"]["metric"] == "accuracy"
         assert entry["accuracy"]["rows"] == 64
         assert entry["load_ms"] > 0
+        assert entry["plan_bytes"] is None
+        assert set(entry["memory"]) == {"host_loaded", "host_peak", "device"}
+    assert set(content["stopped"]) == {"1x8", "4x16", "1 x text"}
+    for stopped in content["stopped"].values():
+        assert (stopped["reason"], stopped["rounds"], stopped["asked"]) == ("runs", 12, None)
+    assert [note.split(":")[0] for note in content["notes"][:3]] == ["1x8", "4x16", "1 x text"]
+    assert all("of host memory at most" in note for note in content["notes"][3:])
     assert len(content["measurements"]) == 3 * 2
     for entry in content["measurements"]:
         samples = entry["latency"]["samples"]
@@ -109,6 +120,8 @@ def test_report_json(measurement: tuple[Report, Path]) -> None:
         assert entry["latency"]["p90"] == pytest.approx(np.percentile(samples, 90))
         assert (entry["speedup"] is None) == (entry["artifact"] == "bert")
         assert entry["latency"]["unit"] == "ms"
+        assert entry["latency"]["first"] > 0
+        assert entry["energy"] is None
     machine = content["environment"]
     assert machine["command"] == "pst bench a b"
     assert machine["threads"] == 1
@@ -131,14 +144,64 @@ def test_ratios_are_those_of_the_samples(measurement: tuple[Report, Path]) -> No
 def test_report_md_and_terminal(measurement: tuple[Report, Path]) -> None:
     report, output = measurement
     text = (output / "report.md").read_text(encoding="utf-8")
-    for words in ("p50 ms", "p99 ms", "bert-2of4", "| 1x8 |", "| 4x16 |", "2:4", "50.0%", "`pst bench a b`", "warm-up"):
+    for words in (
+        "first ms",
+        "p50 ms",
+        "p99 ms",
+        "bert-2of4",
+        "| 1x8 |",
+        "| 4x16 |",
+        "2:4",
+        "50.0%",
+        "`pst bench a b`",
+        "warm-up",
+    ):
         assert words in text
     assert report.verdicts()[0] in text
     screen = report.render()
     assert "baseline" in screen
     assert report.verdicts()[0][:40] in screen
     rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert {line.count("|") for line in rows[:4]} == {8}
+    assert len({line.count("|") for line in rows[:4]}) == 1
+
+
+def test_memory_energy_and_plan_stand_beside_the_times(measurement: tuple[Report, Path]) -> None:
+    """As on a GPU: the same report with what a GPU would tell."""
+    report, _ = measurement
+    energy = Energy(mj_per_inference=271.8, inferences=900, seconds=1.1, clock_mhz=1980)
+    memory = Memory(host_loaded=10**6, host_peak=31_400_000, device=161_800_000)
+    told = dataclasses.replace(
+        report,
+        subjects=tuple(
+            dataclasses.replace(each, memory=memory, plan_bytes=27_200_000, engine="tensorrt")
+            for each in report.subjects
+        ),
+        measurements=tuple(dataclasses.replace(each, energy=energy) for each in report.measurements),
+    )
+    html = page(told.to_json(), machine=[])
+    for text in (told.to_markdown(), told.render(), html):
+        for words in ("plan MB", "27.2", "host MB", "31.4", "GPU MB", "161.8", "mJ", "271.8", "first ms"):
+            assert words in text
+    assert "one step of the driver's counter" in told.method
+    assert "one step of the driver's counter" not in report.method
+    assert told.to_json()["measurements"][0]["energy"]["watts"] == pytest.approx(222.4, abs=0.1)
+
+
+def test_a_shape_is_measured_until_its_ratio_is_known(
+    bert_artifact: Path, sparse_artifact: Path, tmp_path: Path
+) -> None:
+    """Within half the ratio, which every machine can."""
+    paths = [bert_artifact, sparse_artifact]
+    report = bench(
+        paths, shapes=[(1, 8)], output=tmp_path / "r", threads=1, warmup=1, runs=2, precision=0.5, receipt=False
+    )
+    stopped = report.stopped["1x8"]
+    assert stopped.reason == "precision"
+    assert stopped.half_width is not None
+    assert stopped.half_width <= 0.5
+    assert stopped.rounds >= LEAST_ROUNDS
+    assert report.notes()[0] in (tmp_path / "r" / "report.md").read_text(encoding="utf-8")
+    assert report.notes()[0] in " ".join(report.render().split())
 
 
 def test_one_artifact_alone_has_no_ratio(tmp_path: Path, bert_artifact: Path) -> None:
@@ -163,6 +226,8 @@ def test_user_errors(tmp_path: Path, bert_artifact: Path, reviews_file: Path) ->
         bench([], shapes=[(1, 4)], output=output)
     with pytest.raises(ConfigError, match="--runs"):
         bench([bert_artifact], shapes=[(1, 4)], output=output, runs=0)
+    with pytest.raises(ConfigError, match=r"--precision 1\.5 is no share"):
+        bench([bert_artifact], shapes=[(1, 4)], output=output, precision=1.5)
     with pytest.raises(ConfigError, match="longer than bert can read"):
         bench([bert_artifact], shapes=[(1, 65)], output=output)
     with pytest.raises(ConfigError, match="given twice"):

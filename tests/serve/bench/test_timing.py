@@ -1,17 +1,19 @@
 """Percentiles against numpy, the order of measuring, and what may be concluded."""
 
+import contextlib
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 
+from serve.bench.stopping import MINIMUM_ROUNDS, StopRule
 from serve.bench.timing import (
-    MINIMUM_ROUNDS,
     Latency,
     Speedup,
     compare,
+    dependence,
     measure_in_turn,
     median_interval,
     percentile,
@@ -56,22 +58,51 @@ class FakeClock:
         return call
 
 
+def rounds_of(runs: int, *, budget_s: float = math.inf) -> StopRule:
+    return StopRule(runs=runs, precision=0, budget_s=budget_s)
+
+
 def test_engines_are_measured_in_turn() -> None:
     clock = FakeClock()
     engines = {"a": clock.engine("a", 0.001), "b": clock.engine("b", 0.003)}
-    latencies = measure_in_turn(engines, batch=2, warmup=2, runs=3, clock=clock)
+    timing = measure_in_turn(engines, batch=2, warmup=2, rule=rounds_of(3), clock=clock)
     warmup = [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
     # Each timed inference follows one of the same engine that is not timed.
     rounds = [[("a", index), ("a", index), ("b", index), ("b", index)] for index in range(3)]
     assert clock.calls == [*warmup, *itertools.chain(*rounds)]
-    assert latencies["a"].samples == pytest.approx((1.0, 1.0, 1.0))
-    assert latencies["b"].samples == pytest.approx((3.0, 3.0, 3.0))
-    assert {latency.warmup for latency in latencies.values()} == {2}
+    assert timing.latencies["a"].samples == pytest.approx((1.0, 1.0, 1.0))
+    assert timing.latencies["b"].samples == pytest.approx((3.0, 3.0, 3.0))
+    assert timing.seconds == pytest.approx(0.024)
+    assert {latency.warmup for latency in timing.latencies.values()} == {2}
+
+
+def test_the_first_inference_stands_apart() -> None:
+    clock = FakeClock()
+    seconds = iter([0.5, 0.01, 0.02, 0.03])
+
+    def call(index: int) -> None:
+        clock.now += next(seconds)
+
+    entered: list[str] = []
+
+    @contextlib.contextmanager
+    def around(name: str) -> Iterator[None]:
+        entered.append(name)
+        assert clock.now == 0
+        yield
+        assert clock.now == pytest.approx(0.51)
+
+    latency = measure_in_turn(
+        {"a": call}, batch=1, warmup=2, rule=rounds_of(2), clock=clock, around_warmup=around
+    ).latencies["a"]
+    assert latency.first == pytest.approx(500)
+    assert latency.samples == pytest.approx((20, 30))
+    assert entered == ["a"]
 
 
 def test_one_engine_alone_needs_no_untimed_run_between() -> None:
     clock = FakeClock()
-    measure_in_turn({"a": clock.engine("a", 1.0)}, batch=1, warmup=1, runs=3, clock=clock)
+    measure_in_turn({"a": clock.engine("a", 1.0)}, batch=1, warmup=1, rule=rounds_of(3), clock=clock)
     assert clock.calls == [("a", 0), ("a", 0), ("a", 1), ("a", 2)]
 
 
@@ -79,11 +110,11 @@ def test_one_engine_alone_needs_no_untimed_run_between() -> None:
 def test_time_budget(runs: int, budget_s: float, expected: int) -> None:
     clock = FakeClock()
     rounds = []
-    latencies = measure_in_turn(
+    timing = measure_in_turn(
         {"a": clock.engine("a", 0.5), "b": clock.engine("b", 0.5)},
-        batch=1, warmup=1, runs=runs, budget_s=budget_s, clock=clock, on_round=lambda: rounds.append(1),
+        batch=1, warmup=1, rule=rounds_of(runs, budget_s=budget_s), clock=clock, on_round=lambda: rounds.append(1),
     )  # fmt: skip
-    assert [len(latency.samples) for latency in latencies.values()] == [expected, expected]
+    assert [len(samples) for samples in timing.samples.values()] == [expected, expected]
     assert len(rounds) == expected
 
 
@@ -107,6 +138,31 @@ def test_median_interval_covers_as_promised(n: int) -> None:
         return 1 - 2 * (below / (1 << n))
 
     assert coverage(k) >= 0.95 > coverage(k + 1)
+
+
+def test_a_wider_interval_lies_further_from_the_middle() -> None:
+    samples = list(range(1, 101))
+    assert median_interval(samples) == (40, 61)
+    assert median_interval(samples, widened=2.0) == (30, 71)
+    assert median_interval(samples, widened=6.0) is None
+
+
+def test_dependence_is_that_of_the_process() -> None:
+    """For a series with correlation r from one to the next, intervals widen by sqrt((1 + r) / (1 - r)).
+
+    Signs of a Gaussian series have the correlation 2 / pi * asin(r^k) at distance k (the arcsine law), whose sum over
+    all k is the exact value for medians.
+    """
+    random, r, length = np.random.default_rng(0), 0.8, 20_000
+    noise, series = random.standard_normal(length) * math.sqrt(1 - r * r), [0.0]
+    for value in noise:
+        series.append(r * series[-1] + value)
+    exact = 1 + 2 * sum(2 / math.pi * math.asin(r**k) for k in range(1, 100))
+    assert dependence(series[1:]) == pytest.approx(math.sqrt(exact), rel=0.35)
+    assert dependence(noise.tolist()) < 1.5
+    assert dependence([1.0, 2.0] * 20) == 1  # too few to tell
+    assert dependence([3.0] * 100) == 1
+    assert dependence([]) == 1
 
 
 def speedup_of(ratio: float, *, noise: float = 0.0, rounds: int = 100, drift: float = 0.0) -> Speedup:

@@ -9,9 +9,10 @@ that a second context uses (8.6), memory or addresses that were not given.
 # ruff: noqa: N802, N815 - the names are CUDA's and TensorRT's
 
 import ctypes
-import importlib.util
 import json
+import sys
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
+from export.targets.tensorrt import versions
 from serve.engines import Array
 
 
@@ -46,6 +48,12 @@ class CudaRuntime(ModuleType):
         self.streams = 0
         for kind in ("cudaMemcpyKind", "cudaStreamCaptureMode"):
             setattr(self, kind, int)
+
+    def holds(self, address: int) -> bool:
+        """Whether an aligned address lies in memory that was allocated and not freed."""
+        return any(
+            0 <= address - start < len(block) and not (address - start) % 256 for start, block in self.memory.items()
+        )
 
     def queue(self, work: Callable[[], None]) -> None:
         (self.stream if self.captured is None else self.captured).append(work)
@@ -85,10 +93,16 @@ class CudaRuntime(ModuleType):
         self.calls.append("copy")
 
         def work() -> None:
-            assert target in self.memory, "copied to memory that was freed"
             ctypes.memmove(target, source, size)
 
         self.queue(work)
+        return (OK,)
+
+    def cudaMemcpy2DAsync(
+        self, target: int, step: int, source: int, pitch: int, size: int, rows: int, kind: int, stream: int
+    ) -> Any:
+        for row in range(rows):
+            self.cudaMemcpyAsync(target + row * step, source + row * pitch, size, kind, stream)
         return (OK,)
 
     def cudaStreamSynchronize(self, stream: int) -> Any:
@@ -143,10 +157,13 @@ class TensorRT(ModuleType):
 
     def __init__(self, version: str, cuda: CudaRuntime) -> None:
         super().__init__("tensorrt")
+        self.__spec__ = ModuleSpec("tensorrt", None)  # other packages ask whether it is installed
         self.__version__, self.cuda, self.old = version, cuda, version.startswith("8.")
         self.builds: list[dict[str, Any]] = []
         self.says: list[str] = []
         """Of the next build's log, at the level INFO."""
+        self.layers: list[dict[str, Any]] = []
+        """What a plan says of its layers; each takes a millisecond."""
         self.refuses: set[str] = set()
         """Names of plans that are not deserialized."""
         creation = {"EXPLICIT_BATCH": 0} if self.old else {"EXPLICIT_BATCH": 0, "STRONGLY_TYPED": 1}
@@ -235,8 +252,7 @@ class Plan:
         return Flag({"int64": "INT64", "int32": "INT32", "float32": "FLOAT", "float16": "HALF"}[self.dtype(name)])
 
     def create_engine_inspector(self) -> Any:
-        layers = [{"Name": "all of it", "LayerType": "Myelin", "TacticName": ""}]
-        return SimpleNamespace(get_engine_information=lambda kind: json.dumps({"Layers": layers}))
+        return SimpleNamespace(get_engine_information=lambda kind: json.dumps({"Layers": self.trt.layers}))
 
 
 class Context:
@@ -276,12 +292,12 @@ class Context:
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         self.addresses[name] = address
-        return address in self.plan.trt.cuda.memory
+        return self.plan.trt.cuda.holds(address)
 
     def execute_async_v3(self, stream: int) -> bool:
         cuda, plan = self.plan.trt.cuda, self.plan
         cuda.calls.append("execute")
-        if self.device_memory not in cuda.memory or set(self.addresses) != {*plan.inputs, *plan.outputs}:
+        if not cuda.holds(self.device_memory) or set(self.addresses) != {*plan.inputs, *plan.outputs}:
             return False
         shapes, addresses = dict(self.shapes), dict(self.addresses)
 
@@ -290,10 +306,10 @@ class Context:
             wide = {name: array.astype("int64") if array.dtype == "int32" else array for name, array in feeds.items()}
             for name, value in zip(plan.outputs, plan.session.run(None, wide), strict=True):
                 content = np.ascontiguousarray(value).tobytes()
-                assert addresses[name] in cuda.memory
+                assert cuda.holds(addresses[name])
                 ctypes.memmove(addresses[name], content, len(content))
-            if self.profiler is not None:
-                self.profiler.report_layer_time("all of it", 1.5)
+            for layer in plan.trt.layers if self.profiler is not None else ():
+                self.profiler.report_layer_time(f"{layer['Name']} [profile {self.profile}]", 1.0)
 
         cuda.queue(work)
         return True
@@ -301,11 +317,6 @@ class Context:
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, folder: Path, *, version: str) -> TensorRT:
     """Have the engine find both, and keep the timing cache in *folder*."""
-    import sys
-
-    from export.targets.tensorrt import versions
-
-    assert importlib.util.find_spec("onnxruntime")
     cuda = CudaRuntime()
     trt = TensorRT(version, cuda)
     monkeypatch.setitem(sys.modules, "cuda", ModuleType("cuda"))

@@ -1,0 +1,144 @@
+"""Matrix products on ONNX Runtime's CPU provider: see serve.predict.products.
+
+The whole model is an artifact's own model.onnx; of a Hugging Face folder, ``pst export`` makes one for the time.
+"""
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from export import manifest
+from export.manifest import FILE_NAME
+from pst.errors import EngineError
+from pst.progress import note
+from serve.bench.workload import random_workload
+from serve.describe import vocab_size
+from serve.engines import available_cpus, open_engine
+from serve.engines.onnxruntime import load_runtime
+from serve.predict.onnx_product import products_model
+from serve.predict.products import SEED, Call, Product, Weights, timed
+
+DTYPES = {"fp32": "float32", "fp16": "float16"}
+"""Of an artifact's precision."""
+
+
+class OnnxRuntimeProduct:
+    """One session with every weight in it, and outputs that it writes in place."""
+
+    kernel = "MatMul"
+
+    def __init__(self, runtime: Any, weights: Weights, *, dtype: str, threads: int) -> None:
+        self._runtime, self._dtype, self._count = runtime, np.dtype(dtype), len(weights)
+        self._width, self._inputs = weights[0].shape
+        self.outputs: list[np.ndarray] = []
+        """What the call of the last ``at`` writes: (tokens, outputs) for each weight."""
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+        options.log_severity_level = 4  # fatal only: its errors come as exceptions
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        model = products_model([weight.T.astype(dtype) for weight in weights])
+        try:
+            self._session = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # the runtime's exceptions have no common base but this
+            reason = str(error).strip().splitlines()[0]
+            raise EngineError(f"ONNX Runtime cannot multiply matrices of {dtype} here: {reason}.") from error
+
+    def at(self, tokens: int) -> Call:
+        """See Product."""
+        random = np.random.default_rng(SEED)
+        value = random.standard_normal((tokens, self._inputs), dtype=np.float32).astype(self._dtype)
+        binding = self._session.io_binding()
+        binding.bind_cpu_input("x", value)
+        self.outputs = kept = [np.empty((tokens, self._width), dtype=self._dtype) for _ in range(self._count)]
+        for index, place in enumerate(kept):
+            binding.bind_output(f"y{index}", "cpu", 0, self._dtype, place.shape, place.ctypes.data)
+
+        def run(_keep: object = (value, kept)) -> None:
+            self._session.run_with_iobinding(binding)
+
+        return timed(run)
+
+
+class OnnxRuntimeProducts:
+    """See serve.predict.products.Products."""
+
+    name = "onnxruntime-cpu"
+    why_none = (
+        "ONNX Runtime's CPU kernels multiply zeros like any other number; remove whole heads and neurons instead "
+        "(--pattern structured), or deploy 2:4 on an NVIDIA GPU, at sizes where it pays (--engine torch-cuda there)"
+    )
+
+    def __init__(self, path: Path, *, threads: int) -> None:
+        self._runtime = load_runtime()
+        self._threads = threads or available_cpus()
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        folder = path
+        if path.is_dir() and not (path / "model.onnx").is_file():
+            self._temporary = tempfile.TemporaryDirectory(prefix="pst-predict-")
+            folder = Path(self._temporary.name) / "artifact"
+            try:
+                _export(path, folder)
+            except EngineError:
+                self._temporary.cleanup()
+                raise
+        precision = manifest.load(folder, verify=False).precision if (folder / FILE_NAME).is_file() else "fp32"
+        if precision not in DTYPES:
+            raise EngineError(
+                f"{path} has the precision {precision}; give the artifact of the same model with --precision fp32."
+            )
+        self.dtype = DTYPES[precision]
+        self._folder = folder
+        self._engine = open_engine(folder, engine="onnxruntime", threads=self._threads)
+
+    def model(self, batch: int, sequence: int) -> Call:
+        """See Products."""
+        workload = random_workload((batch, sequence), vocab_size=vocab_size(self._folder))
+        feeds = workload.feeds_of(0, self._engine.inputs)
+        return timed(lambda: self._engine.infer(feeds))
+
+    def dense(self, weights: Weights) -> Product:
+        """See Products."""
+        return OnnxRuntimeProduct(self._runtime, weights, dtype=self.dtype, threads=self._threads)
+
+    def sparse(self, spec: str, weights: Weights) -> Product | None:
+        """None: there is no sparse kernel."""
+        return None
+
+    def close(self) -> None:
+        """Close the model, and delete what was exported for it."""
+        self._engine.close()
+        if self._temporary is not None:
+            self._temporary.cleanup()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def _export(path: Path, folder: Path) -> None:
+    note(f"{path} is no ONNX artifact: it is exported for the measurement, and deleted afterwards.")
+    command = [sys.executable, "-m", "cli", "export", str(path), "--output", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 130 or done.returncode < 0:
+        raise KeyboardInterrupt
+    if done.returncode:
+        said = done.stderr.strip().splitlines()[-1:] or ["no reason was given"]
+        raise EngineError(
+            f"ONNX Runtime needs {path} as ONNX, and pst export refuses it: {said[0].removeprefix('Error: ')}"
+        )
+
+
+def open_products(path: Path, *, variant: str, threads: int) -> OnnxRuntimeProducts:
+    """On the CPU. Raises EngineError."""
+    if variant not in ("", "cpu"):
+        raise EngineError(
+            "pst predict measures ONNX Runtime on the CPU alone: its CUDA kernels multiply zeros as well, so that a "
+            "sparse model is as fast as a dense one. Choose onnxruntime or torch-cuda."
+        )
+    return OnnxRuntimeProducts(path, threads=threads)

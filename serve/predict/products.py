@@ -1,0 +1,105 @@
+"""Matrix products of given shapes on one runtime, dense and sparse: the protocol.
+
+A file defines ``open_products(path, *, variant, threads) -> Products``. PyTorch's lies with the engines, because
+nothing else in serve/ may import torch.
+"""
+
+import importlib
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol, Self, cast
+
+import numpy as np
+
+from pst.errors import EngineError
+
+Call = Callable[[], float]
+"""One pass, in milliseconds as the runtime's device took them."""
+Weights = Sequence["np.ndarray"]
+"""Matrices (outputs, inputs) of one shape, float32: as many layers, so that caches are as cold as in a model."""
+SEED = 0
+
+
+class Product(Protocol):
+    """As many products as there are weights, one after another."""
+
+    kernel: str
+    """What computes it, for people."""
+
+    def at(self, tokens: int) -> Call:
+        """For inputs (tokens, inputs)."""
+        ...
+
+
+class Products(Protocol):
+    """Used in a ``with`` block."""
+
+    name: str
+    """The runtime and its device: onnxruntime-cpu, torch-cuda."""
+    dtype: str
+    """Of weights and inputs."""
+    why_none: str
+    """Why there is no sparse kernel, and what has one, for people."""
+
+    def model(self, batch: int, sequence: int) -> Call:
+        """The whole dense model."""
+        ...
+
+    def dense(self, weights: Weights) -> Product:
+        """The runtime's dense kernel, whatever the weights hold."""
+        ...
+
+    def sparse(self, spec: str, weights: Weights) -> Product | None:
+        """A kernel for the pattern *spec*, which the zeros of *weights* follow; None where there is none."""
+        ...
+
+    def close(self) -> None:
+        """Free everything."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+class _Module(Protocol):
+    def open_products(self, path: Path, *, variant: str, threads: int) -> Products: ...
+
+
+FILES = {"onnxruntime": "serve.predict.onnxruntime_products", "torch": "serve.engines._torch_products"}
+
+
+def open_products(path: Path, *, engine: str, threads: int) -> Products:
+    """*engine*: onnxruntime (CPU), torch-cuda, or auto: the GPU where PyTorch sees one. Raises EngineError."""
+    name, _, variant = engine.partition("-")
+    if engine == "auto":
+        try:
+            return _module("torch").open_products(path, variant="cuda", threads=threads)
+        except EngineError:
+            name, variant = "onnxruntime", "cpu"
+    if name not in FILES:
+        raise EngineError(f"pst predict measures no products with {engine}; choose onnxruntime, torch-cuda or auto.")
+    return _module(name).open_products(path, variant=variant, threads=threads)
+
+
+def _module(name: str) -> _Module:
+    return cast("_Module", importlib.import_module(FILES[name]))
+
+
+def timed(call: Callable[[], object]) -> Call:
+    """Wall-clock milliseconds of *call*."""
+
+    def measured() -> float:
+        start = time.perf_counter()
+        call()
+        return (time.perf_counter() - start) * 1000
+
+    return measured
+
+
+def random_weights(outputs: int, inputs: int, copies: int) -> list[np.ndarray]:
+    """Normally distributed, scaled so that outputs are of the size of inputs; the same each time."""
+    random = np.random.default_rng(SEED)
+    scale = np.float32(inputs**-0.5)
+    return [random.standard_normal((outputs, inputs), dtype=np.float32) * scale for _ in range(copies)]
