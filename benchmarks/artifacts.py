@@ -26,6 +26,7 @@ def options(description: str | None, *, shapes: str, runs: int) -> argparse.Argu
     parser.add_argument("--runs", type=int, default=runs)
     parser.add_argument("--seconds", type=float, default=240.0, help="most seconds for all shapes together")
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--spanned", action="store_true", help="as of pst bench")
     parser.add_argument("--work", type=Path, help="folder for models and artifacts; artifacts found there are measured")
     return parser
 
@@ -44,11 +45,18 @@ def run(
     finally:
         if arguments.work is None:
             shutil.rmtree(work, ignore_errors=True)
-    cuda = arguments.engine.endswith("cuda")
-    path = report_path(name, report["environment"], device="cuda" if cuda else "cpu")
-    write_json(arguments.output / path.name, report)
+    write(name, report, arguments)
     for row in report["measurements"]:
         print(json.dumps({key: row[key] for key in shown}))
+
+
+def write(name: str, report: dict[str, Any], arguments: argparse.Namespace) -> Path:
+    """Write *report* to NAME_<device>_<yyyymm>.json in --output; the engine stands in it too, but for ONNX Runtime."""
+    on_cpu = arguments.engine == "onnxruntime"
+    full = name if on_cpu else f"{name}_{arguments.engine}"
+    path: Path = arguments.output / report_path(full, report["environment"], device="cpu" if on_cpu else "auto").name
+    write_json(path, report)
+    return path
 
 
 def measured(
@@ -66,6 +74,7 @@ def measured(
         command=_command(name, arguments),
         engine=arguments.engine,
         budget_s=arguments.seconds,
+        spanned=arguments.spanned,
         overwrite=True,
         **more,
     )
@@ -78,6 +87,13 @@ def measured(
 
 def _command(name: str, arguments: argparse.Namespace) -> str:
     """What repeats the measurement; where its files were kept does not belong to it."""
-    given = {key: value for key, value in sorted(vars(arguments).items()) if key not in ("work", "output")}
-    flags = [f"--{key.replace('_', '-')}={value}" for key, value in given.items()]
-    return shlex.join(["python", "-m", f"benchmarks.{name}", *flags, "--output", "benchmarks"])
+    flags: list[str] = []
+    for key, value in sorted(vars(arguments).items()):
+        flag = f"--{key.replace('_', '-')}"
+        if key in ("work", "output") or value in (None, False):
+            continue
+        if value is True:
+            flags.append(flag)
+        else:
+            flags += [flag, *map(str, value)] if isinstance(value, list) else [f"{flag}={value}"]
+    return shlex.join(["python", "-m", f"benchmarks.{name}", *flags])

@@ -15,8 +15,7 @@ import argparse
 from typing import Any
 
 from benchmarks import artifacts
-from benchmarks.reports import report_path
-from pst.files import atomic_file, write_json
+from pst.files import atomic_file
 
 ARTIFACTS: dict[str, tuple[dict[str, Any], str]] = {
     "dense": ({}, "matmul"),
@@ -37,6 +36,7 @@ def main() -> None:
     parser.add_argument("--artifacts", nargs="+", default=list(ARTIFACTS), choices=ARTIFACTS, metavar="NAME")
     parser.add_argument("--size", default="base", help="base (12 layers of 768) or mini (6 of 384)")
     parser.add_argument("--precision", default="fp16", help="of the artifacts")
+    parser.add_argument("--residual", default="half", help="as of pst export")
     arguments = parser.parse_args()
     if arguments.work is None:
         parser.error("--work is needed: the folder of the artifacts.")
@@ -61,15 +61,20 @@ def make(arguments: argparse.Namespace) -> None:
         if not model.is_dir():
             prune(models / "dense", model, **options)
         if arguments.make == "artifacts" and not (arguments.work / name).is_dir():
-            export(model, arguments.work / name, precision=arguments.precision, linear_form=form)
+            export(
+                model,
+                arguments.work / name,
+                precision=arguments.precision,
+                residual=arguments.residual,
+                linear_form=form,
+            )
 
 
 def measure(arguments: argparse.Namespace) -> None:
     """Write the report of pst bench."""
     paths = [arguments.work / name for name in arguments.artifacts]
     report = artifacts.measured("runtimes", paths, arguments, warmup=10)
-    target = arguments.output / report_path(f"runtimes_{arguments.engine}", report["environment"]).name
-    write_json(target, report)
+    target = artifacts.write("runtimes", report, arguments)
     with atomic_file(target.with_suffix(".md")) as partial:
         partial.write_text((paths[0].parent / "report" / "report.md").read_text(encoding="utf-8"), encoding="utf-8")
     print(f"Written to {target} and {target.with_suffix('.md').name}.")

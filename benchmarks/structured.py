@@ -1,7 +1,7 @@
 """Latency of a BERT with half of its encoder's multiply-adds removed, against its dense parent, in ONNX Runtime.
 
-    python -m benchmarks.structured --output benchmarks                             writes structured_cpu_<yyyymm>.json
-    python -m benchmarks.structured --engine onnxruntime-cuda --output benchmarks   on a GPU
+    python -m benchmarks.structured                             writes structured_cpu_<yyyymm>.json
+    python -m benchmarks.structured --engine onnxruntime-cuda   on a GPU
 
 Both have random weights, which cost the same time as trained ones. pst/structured removes like shares of heads and
 neurons from every layer, and both models go through ``pst export``, with its checks.

@@ -67,6 +67,10 @@ def bench(
     threads: Threads = 0,
     engine: EngineName = "auto",
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens that a language model writes after each prompt.")] = 32,
+    spanned: Annotated[
+        bool,
+        typer.Option("--spanned", help="TensorRT: one plan for the range of shapes, built faster; not one for each."),
+    ] = False,
     data: DataOption = None,
     sets: DataSets = None,
     receipt: Annotated[
@@ -99,6 +103,7 @@ def bench(
         budget_s=budget,
         receipt=receipt,
         new_tokens=new_tokens,
+        spanned=spanned,
         overwrite=overwrite,
     )
     show(report.render())

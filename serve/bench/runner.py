@@ -47,6 +47,7 @@ def bench(
     budget_s: float = 120.0,
     receipt: bool = True,
     new_tokens: int = 32,
+    spanned: bool = False,
     overwrite: bool = False,
 ) -> Report:
     """Measure artifact folders, bare .onnx files or model folders against the first of them, the baseline.
@@ -57,6 +58,7 @@ def bench(
     *data*: also time real texts one by one, and give every artifact's accuracy.
     *receipt*: also profile each layer at each shape, where the engine can (serve/bench/receipt.py).
     Of language models the prompt is timed, and *new_tokens* after it with the cache.
+    *spanned*: TensorRT tunes one plan for the range of *shapes*, in place of each of them.
     Writes report.json, report.md and report.html to the folder *output*.
 
     Raises ConfigError, RunError where *output* is in the way, and what describe, open_engine and evaluate raise.
@@ -78,7 +80,7 @@ def bench(
     memory = MemoryWatch(gpu)
     with contextlib.ExitStack() as stack:
         engines: dict[str, Engine] = {}
-        planned = Shapes(fixed=tuple(shapes), others=data is not None, new_tokens=new_tokens)
+        planned = Shapes(fixed=tuple(shapes), others=data is not None, new_tokens=new_tokens, spanned=spanned)
         for name, path in names.items():
             with memory.of(name):
                 engines[name] = stack.enter_context(open_engine(path, engine=engine, threads=threads, shapes=planned))

@@ -44,6 +44,8 @@ class Shapes:
     """Whether other shapes will be given as well."""
     new_tokens: int = 0
     """Single tokens that a decoder reads after each of the fixed prompts."""
+    spanned: bool = False
+    """Whether to prepare once for all of the fixed ones, from the smallest to the largest: quicker than one by one."""
 
 
 ANY_SHAPE = Shapes()

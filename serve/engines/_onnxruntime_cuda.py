@@ -78,21 +78,30 @@ class FusedSessions:
                 # The mask is still read: one session does for all.
                 self._sessions[kind] = self._session_for(_Kind(unpadded=False, last=kind.last))
                 return self._sessions[kind]
-            self._sessions[kind] = self._device_session(str(self._file) if model is None else model.content, kind)
-            if model is not None and not self._agrees(self._sessions[kind], kind):
-                note(
-                    f"ONNX Runtime computes something else with fused attention than without it in {self._file}; "
-                    "it runs as the file is. Please report this."
-                )
-                self._sessions[kind].close()
+            session = None if model is None else self._checked(model.content, kind)
+            if session is None:
                 self.fused = 0
-                self._sessions[kind] = self._device_session(str(self._file), kind)
+                session = self._device_session(str(self._file), kind)
+            self._sessions[kind] = session
         return self._sessions[kind]
+
+    def _checked(self, content: bytes, kind: "_Kind") -> DeviceSession | None:
+        """A session of the fused graph; None, and a note, where it is refused or computes something else."""
+        try:
+            session = self._device_session(content, kind)
+            if self._agrees(session, kind):
+                return session
+            why = "computes something else with it"
+        except Exception as error:  # the runtime's exceptions have no common base but this
+            why = f"refuses it ({str(error).strip().splitlines()[0].rpartition(' : ')[2].rstrip('. ')})"
+        self._say(f"{self._file} runs as it is, without what is fused: ONNX Runtime {why}. Please report this.")
+        return None
 
     def _device_session(self, model: Any, kind: "_Kind") -> DeviceSession:
         return DeviceSession(
             self._runtime, lambda graphs: self._open(model, graphs), device=self._device, inputs=self._inputs,
             outputs=self._outputs, graphs=self._device == "cuda" and not self._cached, shapes=self._shapes,
+            constant=[MASK] if kind.unpadded else (),
         )  # fmt: skip
 
     def _say(self, text: str) -> None:

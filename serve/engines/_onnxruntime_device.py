@@ -11,7 +11,7 @@ that, and every node on the device but those that compute shapes; where it refus
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,13 +50,16 @@ class DeviceSession:
         inputs: Mapping[str, TensorSpec],
         graphs: bool,
         shapes: Sequence[tuple[int, int]] = (),
+        constant: Collection[str] = (),
     ) -> None:
         """*open_session* gets whether the session shall record CUDA graphs, *device* is cuda or cpu.
 
         *shapes*: (batch, tokens) that are recorded when they come for the first time.
+        *constant*: inputs of which one shape has always the same numbers, so that they are copied once.
         """
         self._runtime, self._open, self._device = runtime, open_session, device
         self._inputs, self._outputs, self._shapes = inputs, outputs, set(shapes)
+        self._constant = frozenset(constant)
         self._lock = threading.Lock()
         self._bound: OrderedDict[Key, _Bound] = OrderedDict()
         self._seen: set[Key] = set()
@@ -94,7 +97,8 @@ class DeviceSession:
 
     def _run(self, bound: _Bound, feeds: Mapping[str, Array]) -> dict[str, Array]:
         for name, buffer in bound.inputs.items():
-            buffer.update_inplace(np.ascontiguousarray(feeds[name]))
+            if name not in self._constant:
+                buffer.update_inplace(np.ascontiguousarray(feeds[name]))
         bound.binding.synchronize_inputs()
         self.session.run_with_iobinding(bound.binding, bound.options)
         values = bound.binding.get_outputs()
@@ -104,7 +108,8 @@ class DeviceSession:
     def _buffers(self, key: Key, feeds: Mapping[str, Array]) -> _Bound:
         """Those of *key*: kept ones, new ones, or new ones that a CUDA graph is going to hold on to."""
         announced = next(iter(dict(key).values()), ()) in self._shapes
-        if self.graphs and (key in self._seen or announced) and len(self._recorded) < KEPT:
+        known = all(shape_of(spec, sizes_of(self._inputs, feeds)) is not None for spec in self._outputs.values())
+        if self.graphs and known and (key in self._seen or announced) and len(self._recorded) < KEPT:
             self._bound.pop(key, None)
             self._recorded[key] = self._bind(feeds, graph=str(len(self._recorded)))
             return self._recorded[key]

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from serve.engines import Array
+from serve.engines._attention_bias import Biases
 from serve.engines._attention_mask import mask_parts
 from serve.engines._graph_view import DiffersError, GraphView, drop_unused
 
@@ -47,17 +48,12 @@ def fuse_attention(model: Any, *, unpadded: bool) -> int:
     """
     import onnx
 
-    inferred = onnx.shape_inference.infer_shapes(model).graph
-    types = {
-        value.name: value.type.tensor_type.elem_type
-        for value in (*inferred.value_info, *inferred.input, *inferred.output)
-    }
-    types |= {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     graph = GraphView(graph=model.graph, onnx=onnx)
+    known = Biases.of(graph, model)
     count = 0
     for softmax in [node for node in model.graph.node if node.op_type == "Softmax"]:
         try:
-            _fuse(graph, softmax, types, unpadded=unpadded)
+            _fuse(graph, softmax, known, unpadded=unpadded)
         except DiffersError:
             continue
         count += 1
@@ -68,7 +64,7 @@ def fuse_attention(model: Any, *, unpadded: bool) -> int:
     return count
 
 
-def _fuse(graph: GraphView, softmax: Any, types: dict[str, int], *, unpadded: bool) -> None:
+def _fuse(graph: GraphView, softmax: Any, known: Biases, *, unpadded: bool) -> None:
     query, key, value, scale, biases, flat = _match(graph, softmax)
     masks, causal = [], False
     for bias in biases:
@@ -81,19 +77,12 @@ def _fuse(graph: GraphView, softmax: Any, types: dict[str, int], *, unpadded: bo
         raise DiffersError(softmax.name)
     helper, name = graph.onnx.helper, f"fused_{softmax.name or softmax.output[0]}"
     options = {"num_heads": hidden[0] // query.width, "unidirectional": int(causal), "scale": scale}
-    kind, added = types.get(query.source), []
-    mask = masks.pop() if masks else ""
-    for place, other in enumerate(masks):
-        added.append(helper.make_node("Add", [mask, other], [f"{name}_sum{place}"], name=f"{name}_sum{place}"))
-        mask, types[f"{name}_sum{place}"] = f"{name}_sum{place}", types.get(mask, 0)
-    if mask and types.get(mask) != kind:
-        added.append(helper.make_node("Cast", [mask], [f"{name}_mask"], name=f"{name}_cast", to=kind))
-        mask = f"{name}_mask"
+    products = None if key.past or value.past else _one_input(graph, (query, key, value))
+    mask, added = known.bias(masks, like=products[0] if products else query.source)
     context, reshape = str(flat.output[0]), []
     if flat.input[1] in graph.initializers and graph.initializers[flat.input[1]].dims[0] == _MATRIX:
         reshape = [helper.make_node("Reshape", [f"{name}_rows", flat.input[1]], [context], name=f"{name}_flat")]
     attended = f"{name}_rows" if reshape else context
-    products = None if key.past or value.past else _one_input(graph, (query, key, value))
     if products is not None:
         source, *arrays = products
         for what, array in zip(("weight", "bias"), arrays, strict=True):

@@ -183,7 +183,7 @@ class TensorRTEngine:
         cached = any("past_sequence_length" in tensor.shape for tensor in manifest.inputs)
         profiles = run_profiles(
             self.shapes.fixed, others=self.shapes.others, max_length=manifest.max_length, cached=cached,
-            new_tokens=self.shapes.new_tokens,
+            new_tokens=self.shapes.new_tokens, spanned=self.shapes.spanned,
         )  # fmt: skip
         return plan_of(
             self.artifact, profiles=profiles if self.shapes.fixed else (), runtime=PACKAGES[self.variant], again=again

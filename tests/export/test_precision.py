@@ -17,7 +17,7 @@ from export import passes, pipeline
 from export.graph import find_weights, load_onnx
 from export.manifest import Manifest
 from export.pipeline import export
-from export.precision import IN_FLOAT32, PRECISIONS, to_precision
+from export.precision import IN_FLOAT32, PRECISIONS, RESIDUALS, to_precision
 from export.widen import widen
 from pst.errors import ArtifactError, ConfigError, EngineError, ModelError
 from pst.patterns import parse_pattern
@@ -37,6 +37,7 @@ CELLS = [
     for precision in TYPES
 ] + [(kind, "text_generation", "2:4", precision) for kind in ("gpt2", "llama") for precision in TYPES]
 FORMS = ("auto", "gemm", "conv")
+HEAD = "classification"
 Cell = tuple[str, str, str, str]
 Array = np.ndarray[Any, Any]
 
@@ -134,6 +135,33 @@ def test_generation_in_fp16(kind: str, exported: Callable[[Cell], tuple[Path, Pa
         answers = generator.generate(prompts.tolist(), max_new_tokens=3)
     first = np.array([answer[0] for answer in answers])
     np.testing.assert_array_equal(first[clear], scores.argmax(-1).numpy()[clear])
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_the_residual_stream_in_half(tmp_path: Path, kind: str) -> None:
+    """LayerNorms read and write half, sums too; logits stay float32, and the manifest says which it is."""
+    source = make_decoder(tmp_path / kind, kind) if kind == "gpt2" else make_encoder(tmp_path / kind, kind, HEAD)
+    made = {name: export(source, tmp_path / name, precision="fp16", residual=name) for name in RESIDUALS}
+    assert {name: manifest.residual for name, manifest in made.items()} == {"fp32": "fp32", "half": "half"}
+    assert Manifest.load(tmp_path / "half") == made["half"]
+    for name, wanted in (("fp32", TensorProto.FLOAT), ("half", TensorProto.FLOAT16)):
+        model = onnx.load(tmp_path / name / "model.onnx")
+        types = kinds(model)
+        norms = [node for node in model.graph.node if node.op_type == "LayerNormalization"]
+        assert len(norms) == 5
+        assert {types[node.input[0]] for node in norms} == {types[node.output[0]] for node in norms} == {wanted}
+        assert types["logits"] == TensorProto.FLOAT
+    error = {name: manifest.parity.max_abs_error for name, manifest in made.items()}
+    assert 0 < error["fp32"] < 0.1
+    assert 0 < error["half"] < 0.1
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_no_residual_stream_in_half_without_a_half_type(tmp_path: Path, precision: str) -> None:
+    with pytest.raises(ConfigError, match=f"needs a half type; use --precision fp16, not {precision}"):
+        export(tmp_path, tmp_path / "out", precision=precision, residual="half", calibration=object())
+    with pytest.raises(ConfigError, match="Unknown type 'fp8' of the residual stream; use one of fp32, half"):
+        export(tmp_path, tmp_path / "out", precision="fp16", residual="fp8")
 
 
 def test_bf16_on_a_processor_is_refused_in_words(exported: Callable[[Cell], tuple[Path, Path]]) -> None:

@@ -1,5 +1,6 @@
 """What ONNX Runtime is given for a GPU computes what the artifact computes; here with its kernels for the CPU."""
 
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,8 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
+import transformers
 
 from serve.engines import Array, open_engine
 from serve.engines import _onnxruntime_fusion as fusion
@@ -28,23 +31,45 @@ EXPECTED: dict[str, dict[str, int]] = {
 }  # fmt: skip
 
 
+def _write(folder: Path, output: Path, *, precision: str = "fp32", form: str = "auto", residual: str = "fp32") -> Path:
+    """What export writes of the model in *folder*, without the proofs that take most of its time."""
+    from export.cache import PAST, cache_names
+    from export.passes import LINEAR_FORMS, run_passes
+    from export.pipeline import save_onnx
+    from export.precision import to_precision
+    from export.source import load_source
+    from export.trace import trace
+    from pst.sparsify import prunable_weights
+
+    source = load_source(folder)
+    weights, model = source.weights(), trace(source, opset=17)
+    run_passes(model, weights)
+    prunable = {item.name: weights[item.name] for item in prunable_weights(source.model)}
+    run_passes(model, prunable, passes=LINEAR_FORMS[form])
+    to_precision(
+        model, weights, precision=precision, outputs=source.head.outputs, residual=residual,
+        halved=cache_names(PAST, len(source.cache)),
+    )  # fmt: skip
+    output.mkdir()
+    save_onnx(model, output / "model.onnx")
+    shutil.copy(folder / "config.json", output)
+    return output
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """``exported("bert", precision="fp16")``: an artifact of a tiny random model."""
-    from export.pipeline import export
-
     made: dict[tuple[str, ...], Path] = {}
 
-    def make(name: str, precision: str = "fp32", form: str = "auto", residual: str = "fp32") -> Path:
-        key = (name, precision, form, residual)
+    def make(name: str, **options: str) -> Path:
+        key = (name, *options.values())
         if key not in made:
             folder = tmp_path_factory.mktemp(name)
             if name.startswith("lm-"):
                 make_decoder(folder / "model", name.removeprefix("lm-"))
             else:
                 make_encoder(folder / "model", name, "classification")
-            export(folder / "model", folder / "artifact", precision=precision, linear_form=form, residual=residual)
-            made[key] = folder / "artifact"
+            made[key] = _write(folder / "model", folder / "artifact", **options)
         return made[key]
 
     return make
@@ -112,7 +137,7 @@ def test_what_is_fused_computes_the_same(exported: Exported, name: str) -> None:
     [("matmul", "Attention", "half"), ("gemm", "MultiHeadAttention", "fp32"), ("conv", "", "fp32")],
 )
 def test_fp16_and_the_linear_forms(exported: Exported, form: str, operator: str, residual: str) -> None:
-    file = exported("bert", "fp16", form, residual) / "model.onnx"
+    file = exported("bert", precision="fp16", form=form, residual=residual) / "model.onnx"
     model = onnx.load(file)
     assert fuse_attention(model, unpadded=False) == (2 if operator else 0)
     assert {node.op_type for node in model.graph.node if node.domain == DOMAIN} == ({operator} if operator else set())
@@ -158,18 +183,28 @@ def test_padding_opens_the_session_that_reads_the_mask(exported: Exported) -> No
     assert [type(model) for model in tried.opened] == [bytes, str, bytes, str]
 
 
-def test_a_fused_graph_that_differs_is_not_used(
-    exported: Exported, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("factor", "words"), [(5.0, "computes something else"), ("no number", "refuses it (")])
+def test_a_fused_graph_that_is_wrong_is_not_used(
+    exported: Exported,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    factor: float | str,
+    words: str,
 ) -> None:
+    """Scores times five, or an attribute of a type that the operator has not."""
     right = fusion._match
-    monkeypatch.setattr(
-        fusion, "_match", lambda graph, softmax: tuple(5.0 * part if isinstance(part, float) else part
-                                                       for part in right(graph, softmax)),
-    )  # fmt: skip
+
+    def wrong(graph: Any, softmax: Any) -> tuple[Any, ...]:
+        parts = list(right(graph, softmax))
+        assert isinstance(parts[3], float)
+        parts[3] = factor if isinstance(factor, str) else factor * parts[3]
+        return tuple(parts)
+
+    monkeypatch.setattr(fusion, "_match", wrong)
     tried = _Sessions(exported("bert"))
     assert tried.sessions.fused == 0
     assert isinstance(tried.opened[-1], str)
-    assert "computes something else with fused attention" in capsys.readouterr().err
+    assert words in capsys.readouterr().err
     ids = np.arange(4, 12)[None]
     feeds = {"input_ids": ids, "token_type_ids": np.zeros_like(ids), "attention_mask": np.ones_like(ids)}
     np.testing.assert_array_equal(tried.sessions.run(feeds)["logits"], tried.engine.infer(feeds)["logits"])
@@ -178,3 +213,27 @@ def test_a_fused_graph_that_differs_is_not_used(
 def test_what_cannot_be_fused_says_so(exported: Exported, capsys: pytest.CaptureFixture[str]) -> None:
     assert fused(exported("llama") / "model.onnx", unpadded=True) is None  # neither attention nor what is around it
     assert "No attention in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_layers_with_different_numbers_of_heads(tmp_path: Path, name: str) -> None:
+    from pst.structured.remove import remove_units_
+    from pst.structured.units import find_units
+
+    from ..pst.structured.models import make
+
+    folder = make(tmp_path / "model", name)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+    units = find_units(model)
+    gone = [one.layer + 1 if one.kind == "heads" else 0 for one in units]
+    remove_units_(model, [torch.arange(one.count) >= first for one, first in zip(units, gone, strict=True)])
+    model.save_pretrained(folder)
+    file = _write(folder, tmp_path / "artifact") / "model.onnx"
+    plain, graph = _session(str(file)), onnx.load(file)
+    assert fuse_attention(graph, unpadded=False) == 2
+    attentions = [node for node in graph.graph.node if node.domain == DOMAIN]
+    dense = units[0].count
+    assert [onnx.helper.get_node_attr_value(node, "num_heads") for node in attentions] == [dense - 1, dense - 2]
+    mask = np.ones((3, 9), dtype=np.int64)
+    mask[0, 5:] = 0
+    assert _difference(plain, _session(graph.SerializeToString()), _feeds(plain, mask=mask)) < 1e-4

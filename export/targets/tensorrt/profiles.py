@@ -76,13 +76,36 @@ def fixed_profile(shape: Shape, *, past: tuple[int, int, int] | None = None) -> 
     return Profile(smallest=shape, usual=shape, largest=shape, past=past)
 
 
+def _span(shapes: Sequence[Shape], *, past: tuple[int, int, int] | None) -> Profile:
+    """From the fewest rows and tokens of *shapes* to the most, tuned for the one of middle size."""
+    rows, tokens = zip(*shapes, strict=True)
+    middle = sorted(shapes, key=lambda shape: shape[0] * shape[1])[len(shapes) // 2]
+    smallest, largest = (min(rows), min(tokens)), (max(rows), max(tokens))
+    return Profile(smallest=smallest, usual=middle, largest=largest, past=past)
+
+
 def run_profiles(
-    shapes: Sequence[Shape], *, others: bool, max_length: int, cached: bool, new_tokens: int = 0
+    shapes: Sequence[Shape],
+    *,
+    others: bool,
+    max_length: int,
+    cached: bool,
+    new_tokens: int = 0,
+    spanned: bool = False,
 ) -> tuple[Profile, ...]:
     """The profiles of a plan that will be run at *shapes*, and at *others* where that is so.
 
     cached: of a decoder each shape is a prompt without a past, and then up to *new_tokens* single tokens after it.
+    spanned: one profile from the smallest of *shapes* to the largest, tuned for the middle one, not one for each.
     """
+    if spanned and len(shapes) > 1:
+        prompts = _span(shapes, past=(0, 0, 0) if cached else None)
+        found = [prompts]
+        if cached and new_tokens:
+            lengths = [tokens for _, tokens in shapes]
+            past = (min(lengths), prompts.usual[1] + new_tokens // 2, max(lengths) + new_tokens)
+            found.append(_span([(batch, 1) for batch, _ in shapes], past=past))
+        return (*found, *([parse_profile(None, max_length=max_length)] if others else ()))
     found = [fixed_profile(shape, past=(0, 0, 0) if cached else None) for shape in shapes]
     if cached and new_tokens:
         found += [

@@ -58,15 +58,18 @@ def test_profiles() -> None:
 
 
 def test_profiles_for_the_shapes_of_a_run() -> None:
-    def made(*shapes: tuple[int, int], others: bool, cached: bool = False, new_tokens: int = 0) -> list[str]:
-        found = run_profiles(shapes, others=others, max_length=64, cached=cached, new_tokens=new_tokens)
-        return [str(profile) for profile in found]
+    def made(*shapes: tuple[int, int], others: bool = False, **options: Any) -> list[str]:
+        options = {"cached": False} | options
+        return [str(profile) for profile in run_profiles(shapes, others=others, max_length=64, **options)]
 
     assert made((1, 8), (4, 16), others=False) == ["1x8", "4x16"]
     assert made((1, 8), (1, 8), others=True) == ["1x8", "1x1,8x64,32x64"]
     assert made(others=False) == ["1x1,8x64,32x64"]
     assert made((2, 8), others=False, new_tokens=4) == ["2x8"]
     assert made((2, 8), others=True, cached=True, new_tokens=4) == ["2x8+0..0", "2x1+8..12", "1x1,8x64,32x64"]
+    assert made((4, 16), (1, 8), (2, 32), spanned=True) == ["1x8,4x16,4x32"]
+    assert made((4, 16), spanned=True) == ["4x16"]
+    assert made((1, 8), (4, 8), cached=True, new_tokens=4, spanned=True) == ["1x8,4x8,4x8+0..0", "1x1,4x1,4x1+8..12"]
     past = TensorInfo(name="past", dtype="float32", shape=("batch_size", 2, "past_sequence_length", 16))
     mask = TensorInfo(name="m", dtype="int64", shape=("batch_size", "past_sequence_length + sequence_length"))
     step = fixed_profile((2, 1), past=(8, 10, 12))
