@@ -71,7 +71,7 @@ def plan_of(
     """The plan of an *artifact* folder, from its cache or built now.
 
     profiles: the shapes that it has to take, and may be tuned for others as well; none is whatever was built for this
-    runtime and GPU with one profile of several shapes, else parse_profile's default. runtime: one of RUNTIMES, None for
+    runtime and GPU with one profile from 1x1 on, else parse_profile's default. runtime: one of RUNTIMES, None for
     the first that is installed. target: a compute capability of TensorRT-RTX (SM75, SM80, SM86, SM89, SM120); without a
     GPU, SM80 stands for an empty one. sparse: let the builder choose kernels for 2:4 weights; None is whether any
     weight is said to be 2:4. again: build it even if it is there.
@@ -139,7 +139,7 @@ def _timings(key: PlanKey) -> str:
 def _built(folder: Path, key: PlanKey, wanted: tuple[Profile, ...]) -> tuple[Profile, ...]:
     """The profiles of the newest plan that is like *key* and has all of *wanted*; empty without one.
 
-    Without any that are wanted: of one that takes more than one shape, so that what ``pst export --format tensorrt
+    Without any that are wanted: of one that takes all shapes from 1x1 on, so that what ``pst export --format tensorrt
     --profile`` built is found by whoever opens the artifact.
     """
     for path in sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime, reverse=True):
@@ -151,7 +151,8 @@ def _built(folder: Path, key: PlanKey, wanted: tuple[Profile, ...]) -> tuple[Pro
         if any(record.get(name) != value for name, value in like.items()) or "shapes" not in record:
             continue
         profiles = tuple(Profile.from_json(each) for each in record["shapes"])
-        if set(wanted) <= set(profiles) if wanted else len(profiles) == 1 and not profiles[0].is_fixed:
+        anything = len(profiles) == 1 and profiles[0].smallest == (1, 1) and not profiles[0].is_fixed
+        if set(wanted) <= set(profiles) if wanted else anything:
             return profiles
     return ()
 
