@@ -25,6 +25,8 @@ WARMUP = 2
 SMALL = 1024
 """Rows or columns below which sparse kernels of the GPUs so far rarely pay (NVIDIA/TensorRT issues 3849 and 4065)."""
 PATTERNS = ("2:4", "1:4")
+SPARSE_TYPES = ("fp16", "int8")
+"""That NVIDIA documents sparse kernels for."""
 REMOVE = "remove whole heads and neurons (--pattern structured), which is faster on every runtime"
 
 
@@ -152,18 +154,19 @@ def _reasons(
             f"{version} has sparse kernels for 2:4 alone, and multiplies zeros of pattern {pattern} like any number",
             f"train with --pattern 2:4, or {REMOVE}",
         )
-    if precision in ("fp32", "bf16"):
-        return (
-            f"the graph is {precision}, and {version}'s sparse kernels take fp16 and int8",
-            "export with --precision fp16",
-        )
     if not asked:
         return f"the plan was built without sparse kernels, as {version} was asked to", "delete the folder plans"
     if eligible:
-        small = f"; {size} is small" if min(rows, columns) < SMALL else ""
+        why, advice = f"eligible, but {version} measured a dense kernel to be faster at this shape", ""
+        if precision not in SPARSE_TYPES:
+            why, advice = f"{why}, in {precision}", "export with --precision fp16; or "
+        if min(rows, columns) < SMALL:
+            why += f"; {size} is small"
+        return why, f"{advice}larger batches or a wider model; where neither is wanted, {REMOVE}"
+    if precision not in SPARSE_TYPES:
         return (
-            f"eligible, but {version} measured a dense kernel to be faster at this shape{small}",
-            f"larger batches or a wider model; where neither is wanted, {REMOVE}",
+            f"the graph is {precision}, and {version}'s sparse kernels are for fp16 and int8",
+            "export with --precision fp16",
         )
     if eligible is None:
         return f"{version} does not say which layers are eligible, and no sparse kernel is seen", REMOVE

@@ -118,7 +118,7 @@ def test_why_zeros_are_multiplied() -> None:
         "sparse kernels for 2:4 alone, and multiplies zeros of pattern unstructured" in told(pattern="unstructured").why
     )
     assert told(pattern="unstructured").advice.startswith("train with --pattern 2:4, or remove whole heads")
-    assert told(precision="fp32").why == "the graph is fp32, and TensorRT 8.6.1's sparse kernels take fp16 and int8"
+    assert told(precision="fp32").why == "the graph is fp32, and TensorRT 8.6.1's sparse kernels are for fp16 and int8"
     assert told(precision="fp32").advice == "export with --precision fp16"
     assert told("MatMul").why == (
         "TensorRT 8.6.1 counts no MatMul of this kind as eligible for sparse kernels, which take convolutions"
@@ -129,6 +129,9 @@ def test_why_zeros_are_multiplied() -> None:
         "eligible, but TensorRT 8.6.1 measured a dense kernel to be faster at this shape; 768 x 768 is small"
     )
     assert told(eligible=True, size=4096).why.endswith("faster at this shape")
+    half = told(eligible=True, size=4096, precision="bf16")
+    assert half.why.endswith("faster at this shape, in bf16")
+    assert half.advice.startswith("export with --precision fp16; or larger batches")
     assert (
         told(eligible=None).why == "TensorRT 8.6.1 does not say which layers are eligible, and no sparse kernel is seen"
     )
