@@ -100,7 +100,8 @@ def sparse_layers(lines: Sequence[str]) -> tuple[list[str], list[str]]:
 
     *lines* begin with (Sparsity); there are two for each optimization profile: "Layers eligible for sparse math: a, b"
     and "TRT inference plan picked sparse implementation for layers: b" in 8.6, "Found 2 layer(s) eligible to use sparse
-    tactics: a, b" and "Chose 1 layer(s) using sparse tactics: b" later. A version that only counts them gives none. Names are TensorRT's: those of ONNX nodes, joined with " + " where they were fused.
+    tactics: a, b" and "Chose 1 layer(s) using sparse tactics: b" later. A version that only counts them gives none.
+    Names are TensorRT's: those of ONNX nodes, joined with " + " where they were fused.
     """
     found: tuple[list[str], list[str]] = ([], [])
     for line in lines:
