@@ -9,7 +9,8 @@ A layer is called after the ONNX nodes that it came from, and what was fused is 
                                                                             the compiler Myelin made one layer of
     __myl_MulAddCast_myl0_3                                                 a kernel of such a region, in newer versions
 
-Newer versions also list the nodes in a layer's Metadata. A second or later profile's layers end with [profile 1].
+A layer's Metadata lists its nodes as well, from 8.6 on; so does that of the copies around it, which compute nothing
+(NoOp, Reformat, shuffle_between_...). A second or later profile's layers end with [profile 1].
 """
 
 import re
@@ -22,7 +23,9 @@ _REGION = re.compile(r"\{ForeignNode\[(.*?)\.\.\.(.*?)\]\}", re.S)
 _METADATA = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
 _KERNEL = re.compile(r"_myl\d+_\d+$")
 _JOINED = re.compile(r" \+ | \|\| ")
-_MOVED = re.compile(r"^(Reformatting CopyNode|Reformatted)")
+_MOVED = re.compile(r"^(Reformatting CopyNode|Reformatted|shuffle_between_|reformat_between_)")
+_MOVES = frozenset({"NoOp", "Reformat", "Shuffle", "Constant"})
+"""Kinds of layers that compute nothing."""
 
 
 def plain_name(layer: str) -> str:
@@ -49,16 +52,25 @@ class LayerMap:
             for place in places:
                 self._weights.setdefault(place, []).append(weight)
 
-    def weights_of(self, layers: Sequence[str], metadata: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
-        """By layer of *layers*, the weights that it computes with; *metadata*: by layer, where the version tells."""
+    def weights_of(
+        self, layers: Sequence[str], *, metadata: Mapping[str, str], kinds: Mapping[str, str]
+    ) -> dict[str, tuple[str, ...]]:
+        """By layer of *layers*, the weights that it computes with.
+
+        metadata and kinds (LayerType): by layer, where the version tells. A layer's name goes before its metadata,
+        which others may have too, and both before a region that it may lie in.
+        """
         found: dict[str, list[str]] = {layer: [] for layer in layers}
         taken: set[int] = set()
-        for layer in layers:
-            for place in self._named(layer, metadata.get(layer, "")):
+        computing = [layer for layer in layers if kinds.get(layer) not in _MOVES and not _MOVED.match(layer)]
+        named = [(layer, self._named(_parts(_REGION.sub("", plain_name(layer))))) for layer in computing]
+        listed = [(layer, self._named(_METADATA.findall(metadata.get(layer, "")))) for layer in computing]
+        for layer, places in named + listed:
+            for place in places:
                 if place not in taken:
                     taken.add(place)
                     found[layer] += self._weights.get(place, [])
-        for layer in layers:
+        for layer in computing:
             for first, last in self._regions(layer):
                 for place in range(first, last + 1):
                     if place in self._weights and place not in taken:
@@ -69,26 +81,19 @@ class LayerMap:
     def weights_named(self, layers: Iterable[str]) -> set[str]:
         """The weights of all *layers* together; what a builder's log lists."""
         return {
-            weight for layer in layers for place in self._named(layer, "") for weight in self._weights.get(place, ())
+            weight
+            for layer in layers
+            for place in self._named(_parts(layer))
+            for weight in self._weights.get(place, ())
         }
 
-    def _named(self, layer: str, metadata: str) -> list[int]:
-        """The nodes that a layer's name or metadata gives one by one."""
-        if _MOVED.match(layer):
-            return []
-        names = _METADATA.findall(metadata)
-        names += _parts(_REGION.sub("", plain_name(layer)))
-        found = []
-        for name in names:
-            place = self._places.get(name, self._places.get(_KERNEL.sub("", name)))
-            if place is not None and place not in found:
-                found.append(place)
-        return found
+    def _named(self, names: Iterable[str]) -> list[int]:
+        """The nodes that have one of *names*, or that a region's kernel is called after."""
+        found = (self._places.get(name, self._places.get(_KERNEL.sub("", name))) for name in names)
+        return [place for place in dict.fromkeys(found) if place is not None]
 
     def _regions(self, layer: str) -> list[tuple[int, int]]:
         """First and last node of each region that is named by its ends; an end that is not known is the graph's."""
-        if _MOVED.match(layer):
-            return []
         found = []
         for first, last in _REGION.findall(layer):
             starts = [place for name in _parts(first) if (place := self._end(name)) is not None]

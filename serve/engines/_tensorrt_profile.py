@@ -66,7 +66,11 @@ class TensorRTProfiler:
         names = list(dict.fromkeys(name for run in counted for name in run))
         where = LayerMap(read_nodes(self._engine.artifact / MODEL_NAME), weights)
         known = {name: layers.get(plain_name(name), {}) for name in names}
-        placed = where.weights_of(names, {name: str(layer.get("Metadata", "")) for name, layer in known.items()})
+        placed = where.weights_of(
+            names,
+            metadata={name: str(layer.get("Metadata", "")) for name, layer in known.items()},
+            kinds={name: str(layer.get("LayerType", "")) for name, layer in known.items()},
+        )
         eligible, chosen = versions.sparse_layers(self._record.get("sparsity", ()))
         self._eligible, self._chosen = where.weights_named(eligible), where.weights_named(chosen)
         return tuple(
@@ -137,6 +141,8 @@ def judge(
     )  # fmt: skip
     if place is not None and len(place.weights) > 1:
         why += f"; fused with {len(place.weights) - 1} others, so that its time cannot be told apart"
+    if pattern not in PATTERNS:
+        eligible = False
     return Verdict(eligible=True if ran else eligible, chosen=ran, why=why, advice=advice)
 
 
@@ -176,7 +182,4 @@ def _reasons(
             "export with --linear-form conv and compare the whole model's time, since fusions are lost with it; "
             f"or {REMOVE}",
         )
-    return (
-        f"{version} does not count this convolution of {size} as eligible",
-        f"channels that are multiples of 32; or {REMOVE}",
-    )
+    return f"{version} does not count this convolution of {size} as eligible, and does not say why", REMOVE

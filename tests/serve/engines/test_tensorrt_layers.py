@@ -28,7 +28,7 @@ WEIGHTS = ("query", "key", "value", "dense", "pooler")
 
 
 def placed(*layers: str, **metadata: str) -> dict[str, tuple[str, ...]]:
-    return LayerMap(NODES, WEIGHTS).weights_of(layers, metadata)
+    return LayerMap(NODES, WEIGHTS).weights_of(layers, metadata=metadata, kinds={})
 
 
 def test_the_file_is_read_as_onnx_reads_it(bert_artifact: Path, gpt2_artifact: Path, tmp_path: Path) -> None:
@@ -97,6 +97,30 @@ def test_kernels_of_a_region_by_name_and_by_metadata() -> None:
     assert placed("gemm_1", gemm_1=told) == {"gemm_1": ("query",)}
 
 
+def test_copies_around_a_layer_have_its_metadata_and_not_its_weights() -> None:
+    """As TensorRT 8.6.1 lists a model of convolutions on an H100."""
+    turn, qkv = (
+        "shuffle_between_layer_norm_image_and_node_MatMul_84",
+        "node_MatMul_84 || node_MatMul_92 || node_MatMul_100",
+    )
+    twice, product = (
+        "a copy",
+        "node_MatMul_146 + PWN(PWN(bias + (Unnamed Layer* 95) [Shuffle], node_softmax), node_gelu)",
+    )
+    told = "[ONNX Layer: node_MatMul_84]"
+    found = LayerMap(NODES, WEIGHTS).weights_of(
+        [turn, qkv, twice, product],
+        metadata={
+            turn: told,
+            qkv: told,
+            twice: "[ONNX Layer: node_MatMul_146]",
+            product: "[ONNX Layer: node_MatMul_146]",
+        },
+        kinds={turn: "NoOp", qkv: "CaskGemmConvolution", twice: "NoOp", product: "CaskGemmConvolution"},
+    )
+    assert found == {turn: (), qkv: ("query", "key", "value"), twice: (), product: ("dense",)}
+
+
 def weight(form: str, *, size: int = 768) -> WeightInfo:
     shape = (size, size, 1, 1) if form == "Conv" else (size, size)
     return WeightInfo(name="w", initializer="w", shape=shape, axis=1, density=0.5, form=form, pattern="2:4")
@@ -124,7 +148,7 @@ def test_why_zeros_are_multiplied() -> None:
         "TensorRT 8.6.1 counts no MatMul of this kind as eligible for sparse kernels, which take convolutions"
     )
     assert told("Gemm").advice.startswith("export with --linear-form conv and compare the whole model's time")
-    assert told().why == "TensorRT 8.6.1 does not count this convolution of 768 x 768 as eligible"
+    assert told().why == "TensorRT 8.6.1 does not count this convolution of 768 x 768 as eligible, and does not say why"
     assert told(eligible=True).why == (
         "eligible, but TensorRT 8.6.1 measured a dense kernel to be faster at this shape; 768 x 768 is small"
     )
