@@ -5,8 +5,9 @@
 For each width h the three products of a transformer's block: h x h, 4h x h and h x 4h (outputs x inputs). The two are
 timed in turn by the GPU's own clock, with the L2 cache overwritten before each and launches left out, by
 serve/engines/_torch_products.py, as in ``pst predict``. Every sparse product is compared with the dense one of the same
-weights first. Shapes that --seconds leaves no time for are listed as left out. Prints a table, and from how many tokens
-on 2:4 pays. Without a GPU it says so, with exit code 2.
+weights first. Its outputs are in rows, as every layer reads them; with --layout columns, as only a product reads them.
+Shapes that --seconds leaves no time for are listed as left out. Prints a table, and from how many tokens on 2:4 pays.
+Without a GPU it says so, with exit code 2.
 """
 
 import argparse
@@ -57,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except PSTError as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(2)
-    path = options.output / report_path("sparse_products", report["environment"]).name
+    name = "sparse_products" if options.layout == "rows" else f"sparse_products_{options.layout}"
+    path = options.output / report_path(name, report["environment"]).name
     write_json(path, report)
     print(render(report))
     print(f"Written to {path}.")
@@ -73,6 +75,7 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--widths", type=numbers, default=[768, 1024, 2048, 4096, 8192], help="%(default)s")
     parser.add_argument("--tokens", type=numbers, default=[128, 512, 2048, 4096, 8192, 16384], help="%(default)s")
     parser.add_argument("--dtypes", default="float16,bfloat16", help="%(default)s")
+    parser.add_argument("--layout", choices=("rows", "columns"), default="rows", help="of sparse outputs (%(default)s)")
     parser.add_argument("--seconds", type=float, default=45.0, help="after which no shape is begun (%(default)s)")
     parser.add_argument("--budget", type=float, default=0.1, help="most seconds of rounds for a shape (%(default)s)")
     return parser.parse_args(arguments)
@@ -92,6 +95,7 @@ def measure(options: argparse.Namespace, *, command: str) -> dict[str, Any]:
             "This PyTorch or GPU has no cuSPARSELt; it takes an Ampere GPU or newer, and PyTorch for CUDA."
         )
     machine = environment(command=command, threads=1)
+    machine["gpus"] = machine["gpus"] or [torch.cuda.get_device_name()]
     gpu, begin = open_gpu(), time.perf_counter()
     rows: list[dict[str, Any]] = []
     left_out: list[str] = []
@@ -115,6 +119,7 @@ def measure(options: argparse.Namespace, *, command: str) -> dict[str, Any]:
         "environment": machine | {"cuda": torch.version.cuda, "cusparselt": torch.backends.cusparselt.version()},
         "git_revision": git_revision(),
         "method": METHOD,
+        "layout": options.layout,
         "sm_clock_mhz_at_the_end": None if gpu is None else gpu.clock_mhz(),
         "seconds": time.perf_counter() - begin,
         "rows": rows,
@@ -129,7 +134,10 @@ def _of_shape(
     """A row for each number of tokens."""
     outputs, inputs = shape
     full, zeroed = random_pair(torch, outputs, inputs, getattr(torch, dtype))
-    dense, sparse = TorchDense(torch, timer, [full]), TorchTwoOfFour(torch, timer, [zeroed])
+    dense, sparse = (
+        TorchDense(torch, timer, [full]),
+        TorchTwoOfFour(torch, timer, [zeroed], rows=options.layout == "rows"),
+    )
     for tokens in options.tokens:
         calls = {"dense": dense.at(tokens), "sparse": sparse.at(tokens)}
         samples, _ = rounds(calls, StopRule(runs=100, precision=0, budget_s=options.budget))

@@ -5,8 +5,9 @@ launch the products, so that no launch is waited for: what a CUDA graph would re
 the L2 cache is overwritten, so that weights come from memory as in a model whose other layers ran in between.
 
 y = x W^T, x (tokens, inputs), W (outputs, inputs). cuSPARSELt gets the compressed W, and x^T as a view;
-transpose_result lets it write y (tokens, outputs) in rows, as the next layer reads it. Its search returns an algorithm,
-and how the inputs are split among blocks (split_k and its mode); the product is then called with both.
+transpose_result lets it write y (tokens, outputs) in rows, as every next layer reads it; without, in columns, which
+another product can read, but not a norm. Its search returns an algorithm, and how the inputs are split among blocks
+(split_k and its mode); the product is then called with both.
 """
 
 import importlib
@@ -103,12 +104,15 @@ class TorchDense:
 
 
 class TorchTwoOfFour:
-    """cuSPARSELt, one product after another; ``kernel`` tells the algorithm of the last ``at``."""
+    """cuSPARSELt, one product after another; ``kernel`` tells the algorithm of the last ``at``.
+
+    *rows*: whether outputs are written in rows, as a contiguous tensor has them, or in columns.
+    """
 
     kernel = "cuSPARSELt"
 
-    def __init__(self, torch: Any, timer: GpuTimer, weights: Sequence[Any]) -> None:
-        self._torch, self._timer = torch, timer
+    def __init__(self, torch: Any, timer: GpuTimer, weights: Sequence[Any], *, rows: bool = True) -> None:
+        self._torch, self._timer, self._rows = torch, timer, rows
         self._packed = [torch._cslt_compress(weight) for weight in weights]
         self._reference = weights[0]
 
@@ -117,18 +121,18 @@ class TorchTwoOfFour:
         torch = self._torch
         filled = -(-tokens // TOKENS_MULTIPLE) * TOKENS_MULTIPLE
         value = random_inputs(torch, filled, self._reference).t()
-        first = self._packed[0]
+        first, rows = self._packed[0], self._rows
         try:
-            *chosen, _ = torch._C._cusparselt.mm_search(first, value, None, None, None, True)
-            found = torch._cslt_sparse_mm(first, value, None, None, None, True, *chosen)
+            *chosen, _ = torch._C._cusparselt.mm_search(first, value, None, None, None, rows)
+            found = torch._cslt_sparse_mm(first, value, None, None, None, rows, *chosen)
         except RuntimeError as error:
             raise EngineError(f"cuSPARSELt refuses the product: {str(error).splitlines()[0]}") from error
-        check_product(found, torch.nn.functional.linear(value.t(), self._reference))
+        check_product(found if rows else found.t(), torch.nn.functional.linear(value.t(), self._reference))
         self.kernel = ALGORITHM_WORDS.format(*chosen)
 
         def run() -> None:
             for packed in self._packed:
-                torch._cslt_sparse_mm(packed, value, None, None, None, True, *chosen)
+                torch._cslt_sparse_mm(packed, value, None, None, None, rows, *chosen)
 
         return self._timer.call(run)
 

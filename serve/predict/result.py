@@ -59,9 +59,9 @@ class ShapePrediction:
         return min(1.0, self.layers_ms / self.model_ms)
 
     @property
-    def limit(self) -> float:
-        """The speed-up if the linears took no time."""
-        return 1 / (1 - self.share) if self.share < 1 else float("inf")
+    def limit(self) -> float | None:
+        """The speed-up if the linears took no time; None where there is nothing else."""
+        return 1 / (1 - self.share) if self.share < 1 else None
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -70,6 +70,7 @@ class ShapePrediction:
             "model_ms": self.model_ms,
             "layers_ms": self.layers_ms,
             "share": self.share,
+            "limit": self.limit,
             "speedup": self.speedup.to_json(),
             "mixed": None if self.mixed is None else self.mixed.to_json(),
             "stopped": self.stopped.to_json(),

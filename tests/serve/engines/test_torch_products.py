@@ -74,9 +74,10 @@ def test_without_a_gpu_it_says_so(tiny_bert: Path) -> None:
 
 @gpu
 @pytest.mark.parametrize("tokens", [1, 128, 1000])
-def test_two_of_four_is_right_and_timed(tokens: int) -> None:
+@pytest.mark.parametrize("rows", [True, False])
+def test_two_of_four_is_right_and_timed(tokens: int, rows: bool) -> None:
     _, zeroed = random_pair(torch, 256, 512, torch.float16)
-    product = TorchTwoOfFour(torch, GpuTimer(torch), [zeroed])
+    product = TorchTwoOfFour(torch, GpuTimer(torch), [zeroed], rows=rows)
     assert 0 < product.at(tokens)() < 100
     assert product.kernel.startswith("cuSPARSELt, algorithm ")
 
