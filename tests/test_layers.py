@@ -31,7 +31,7 @@ ALLOWED = {
     "pst": ("pst",),
     "export": ("export", "pst"),
     "serve": ("serve", "export.manifest", PLANS, "pst.__version__", *LEAVES),
-    "serve.engines.torch": ("serve", "pst.structured", *LEAVES),
+    "serve.engines.torch": ("serve", "pst.structured", "pst.sparsify", *LEAVES),
     "export.manifest": ("export.manifest", "pst.__version__", *LEAVES),
     PLANS: (PLANS, "export.manifest", "pst.__version__", *LEAVES),
 }

@@ -32,9 +32,15 @@ class OrtCache:
         max_length: int | None,
     ) -> None:
         """*past* has an OrtValue of *device* for each input that takes the cache."""
-        self._runtime, self._session_for, self._past = runtime, session_for, dict(past)
-        self._device, self._max_length = device, max_length
+        self._runtime, self._session_for, self._max_length = runtime, session_for, max_length
         self._inputs = {name: spec for name, spec in inputs.items() if not name.startswith(PAST)}
+        self._names, self._past = list(past), [value._get_c_value() for value in past.values()]
+        self._reads = [*self._inputs, *self._names]
+        self._gives = [LOGITS, *(name.replace(PAST, PRESENT, 1) for name in self._names)]
+        host, where = (runtime.OrtDevice.make(kind, 0)._get_c_device() for kind in ("cpu", device))
+        self._places = [host, *(where for _ in self._names)]
+        self._options = runtime.RunOptions()
+        self._options.log_severity_level = 4
 
     @classmethod
     def of(
@@ -58,27 +64,24 @@ class OrtCache:
     def extend(self, feeds: Mapping[str, Array]) -> Array:
         """See Cache."""
         check_feeds(self._inputs, feeds, max_length=self._max_length)
-        library = self._runtime.capi.onnxruntime_pybind11_state
-        session = self._session_for(feeds)
+        session, library = self._session_for(feeds), self._runtime.capi.onnxruntime_pybind11_state
         given, made = library.OrtValueVector(), library.OrtValueVector()
         kept = [self._runtime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(feeds[name])) for name in self._inputs]
-        for value in (*kept, *self._past.values()):
-            given.push_back(value._get_c_value())
-        outputs = [LOGITS, *(name.replace(PAST, PRESENT, 1) for name in self._past)]
-        host, device = (self._runtime.OrtDevice.make(where, 0)._get_c_device() for where in ("cpu", self._device))
-        options = self._runtime.RunOptions()
-        options.log_severity_level = 4
+        for value in (*(each._get_c_value() for each in kept), *self._past):
+            given.push_back(value)
         try:
-            session.run_with_ortvaluevector(
-                options, [*self._inputs, *self._past], given, outputs, made, [host, *(device for _ in self._past)]
-            )
+            session.run_with_ortvaluevector(self._options, self._reads, given, self._gives, made, self._places)
         except Exception as error:  # the runtime's exceptions have no common base but this
             said = str(error).strip().splitlines()[0].rpartition(" : ")[2].rstrip(". ")
             raise EngineError(f"ONNX Runtime failed to run the model: {said}.") from error
-        self._past = {
-            name: self._runtime.OrtValue(value) for name, value in zip(self._past, list(made)[1:], strict=True)
-        }
-        return np.array(made[0].numpy()[:, -1])
+        logits = np.array(made[0].numpy()[:, -1])
+        cache = (
+            library.OrtValueVector()
+        )  # a value keeps the vector that it comes from, and all scores of a prompt there
+        for value in list(made)[1:]:
+            cache.push_back(value)
+        self._past = list(cache)
+        return logits
 
     def copy(self) -> Self:
         """See Cache."""
@@ -88,4 +91,4 @@ class OrtCache:
 
     def arrays(self) -> dict[str, Array]:
         """See Cache."""
-        return {name: np.array(value.numpy()) for name, value in self._past.items()}
+        return {name: np.array(value.numpy()) for name, value in zip(self._names, self._past, strict=True)}

@@ -8,6 +8,7 @@ A decoder's cache wants the scores of the last token alone. Its sessions compute
 infer, which gives the scores of every token.
 """
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,9 @@ AGREES = 0.05
 of that, and a mask or a factor gone wrong makes more."""
 _ROWS, _TOKENS, _PAST = 2, 16, 4
 
+_AGREED: set[tuple[object, ...]] = set()
+"""Files and kinds of sessions that this process has compared already."""
+
 OpenSession = Callable[[Any, bool], Any]
 """(file name or bytes, CUDA graphs) to an InferenceSession."""
 
@@ -47,16 +51,21 @@ class FusedSessions:
         outputs: Mapping[str, TensorSpec],
         max_length: int | None,
         shapes: Sequence[tuple[int, int]] = (),
+        plain: list[Any] | None = None,
     ) -> None:
+        """*plain*: a session of the file as it is, where there is one. It is taken out, so that it makes room."""
         self._runtime, self._file, self._open = runtime, file, open_session
         self._device, self._inputs, self._outputs, self._shapes = device, inputs, outputs, shapes
         self._max_length = max_length
         self._cached = [name for name in inputs if name.startswith(PAST)]
         self._sessions: dict[_Kind, DeviceSession] = {}
         self._said: set[str] = set()
+        self._plain = [] if plain is None else plain
+        self._lock = threading.RLock()
         self.fused = 0
         """Attentions that are one operator."""
         self._session_for(_Kind(unpadded=True, last=bool(self._cached)))
+        self._plain.clear()
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Outputs by name of feeds that fit."""
@@ -72,24 +81,41 @@ class FusedSessions:
         return self._session_for(_Kind(unpadded=_is_unpadded(feeds), last=True)).session
 
     def _session_for(self, kind: "_Kind") -> DeviceSession:
-        if kind not in self._sessions:
-            model = self._fused(kind)
-            if kind.unpadded and (model is None or model.reads_mask):
-                # The mask is still read: one session does for all.
-                self._sessions[kind] = self._session_for(_Kind(unpadded=False, last=kind.last))
-                return self._sessions[kind]
-            session = None if model is None else self._checked(model.content, kind)
-            if session is None:
-                self.fused = 0
-                session = self._device_session(str(self._file), kind)
-            self._sessions[kind] = session
-        return self._sessions[kind]
+        with self._lock:
+            return self._sessions.get(kind) or self._new_session(kind)
+
+    def _new_session(self, kind: "_Kind") -> DeviceSession:
+        model = self._fused(kind)
+        if kind.unpadded and (model is None or model.reads_mask):
+            # The mask is still read: one session does for all.
+            self._sessions[kind] = self._session_for(_Kind(unpadded=False, last=kind.last))
+            return self._sessions[kind]
+        session = None if model is None else self._checked(model.content, kind)
+        if session is None:
+            self.fused = 0
+            session = self._device_session(lambda: str(self._file), kind)
+        self._sessions[kind] = session
+        return session
 
     def _checked(self, content: bytes, kind: "_Kind") -> DeviceSession | None:
         """A session of the fused graph; None, and a note, where it is refused or computes something else."""
+        held = [content]
+
+        def model() -> bytes:
+            if not held:  # once more, for which it is made again: it may take as much memory as the weights
+                again = fused(self._file, unpadded=kind.unpadded, last=kind.last)
+                assert again is not None
+                held.append(again.content)
+            return held.pop()
+
         try:
-            session = self._device_session(content, kind)
-            if self._agrees(session, kind):
+            state = self._file.stat()
+            known = (str(self._file.resolve()), state.st_mtime_ns, state.st_size, self._device, kind)
+            expected = [] if known in _AGREED else self._expected(kind)
+            self._plain.clear()
+            session = self._device_session(model, kind)
+            if not expected or self._agrees(session, kind, expected):
+                _AGREED.add(known)
                 return session
             why = "computes something else with it"
         except Exception as error:  # the runtime's exceptions have no common base but this
@@ -97,9 +123,9 @@ class FusedSessions:
         self._say(f"{self._file} runs as it is, without what is fused: ONNX Runtime {why}. Please report this.")
         return None
 
-    def _device_session(self, model: Any, kind: "_Kind") -> DeviceSession:
+    def _device_session(self, model: Callable[[], Any], kind: "_Kind") -> DeviceSession:
         return DeviceSession(
-            self._runtime, lambda graphs: self._open(model, graphs), device=self._device, inputs=self._inputs,
+            self._runtime, lambda graphs: self._open(model(), graphs), device=self._device, inputs=self._inputs,
             outputs=self._outputs, graphs=self._device == "cuda" and not self._cached, shapes=self._shapes,
             constant=[MASK] if kind.unpadded else (),
         )  # fmt: skip
@@ -122,9 +148,14 @@ class FusedSessions:
         self.fused = found.count if found else 0
         return found
 
-    def _agrees(self, session: DeviceSession, kind: "_Kind") -> bool:
+    def _expected(self, kind: "_Kind") -> list[Array]:
+        """What the file as it is computes; its session is closed before another opens."""
+        plain = self._plain.pop() if self._plain else self._open(str(self._file), False)
+        values: list[Array] = plain.run(list(self._outputs), self._random_feeds(unpadded=kind.unpadded))
+        return values
+
+    def _agrees(self, session: DeviceSession, kind: "_Kind", expected: list[Array]) -> bool:
         feeds, names = self._random_feeds(unpadded=kind.unpadded), list(self._outputs)
-        expected = self._open(str(self._file), False).run(names, feeds)
         given = session.session.run(names, feeds) if self._cached else list(session.run(feeds).values())
         if kind.last:
             expected[names.index(LOGITS)] = expected[names.index(LOGITS)][:, -1:]

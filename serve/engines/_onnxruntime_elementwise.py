@@ -28,8 +28,8 @@ def fuse_elementwise(model: Any) -> int:
         graph = GraphView(graph=model.graph, onnx=onnx)
         for node in [node for node in model.graph.node if node.op_type == operator]:
             count += _tried(fuse, graph, node)
+        in_order(model.graph)
         drop_unused(model.graph)
-    in_order(model.graph)
     if count and not any(entry.domain == DOMAIN for entry in model.opset_import):
         model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
     return count

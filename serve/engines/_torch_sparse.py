@@ -1,7 +1,8 @@
 """2:4 weights of a PyTorch model in cuSPARSELt's kernels, through torch.sparse.to_sparse_semi_structured.
 
-PyTorch compresses a weight of nn.Linear, and every product with it is a sparse one from then on. Which of cuSPARSELt's
-algorithms is the fastest depends on the number of rows, so that each number gets its own search.
+PyTorch compresses a weight of nn.Linear, and every product with it is a sparse one from then on, by cuSPARSELt's
+default algorithm. Its tensors have no place for all that a search finds, such as how inputs are split among blocks;
+pst predict searches, and says what a product would take.
 """
 
 import warnings
@@ -16,33 +17,16 @@ from pst.progress import note
 PATTERN = "2:4"
 WRONG_FORM = "it is no nn.Linear"
 NOT_HELD = f"it does not hold {PATTERN}"
-_PADDED = 8
-"""Rows of the dense factor: cuSPARSELt takes multiples of 8 in fp16, and PyTorch fills up to those."""
 
 
 @dataclass(kw_only=True)
 class SparseWeights:
     """What became of a model's prunable weights."""
 
-    torch: Any
-    sparse: dict[str, Any] = field(default_factory=dict)
-    """The modules whose weight is compressed, by the weight's name."""
+    sparse: list[str] = field(default_factory=list)
+    """Names of those that are compressed."""
     dense: dict[str, str] = field(default_factory=dict)
     """Why the others are not, by the weight's name."""
-    _algorithms: dict[int, dict[str, int]] = field(default_factory=dict)
-
-    def choose(self, rows: int) -> None:
-        """Take for each weight the algorithm that is the fastest with *rows* rows (batch * tokens)."""
-        if rows not in self._algorithms:
-            padded = -(-rows // _PADDED) * _PADDED
-            self._algorithms[rows] = {name: self._search(module, padded) for name, module in self.sparse.items()}
-        for name, module in self.sparse.items():
-            module.weight.alg_id_cusparselt = self._algorithms[rows][name]
-
-    def _search(self, module: Any, rows: int) -> int:
-        dense = self.torch.randn(rows, module.in_features, dtype=self.torch.float16, device=module.weight.device)
-        found = self.torch._cslt_sparse_mm_search(module.weight.packed, dense.t(), bias=module.bias)
-        return int(found)
 
 
 def candidates(weights: Sequence[Any]) -> tuple[list[Any], dict[str, str]]:
@@ -69,7 +53,7 @@ def compress_(torch: Any, weights: Sequence[Any], *, where: str) -> SparseWeight
             "a GPU of compute capability 8.0 or higher, or choose the engine torch-cuda-fp16."
         )
     found, others = candidates(weights)
-    result = SparseWeights(torch=torch, dense=others)
+    result = SparseWeights(dense=others)
     for each in found:
         try:
             with warnings.catch_warnings():
@@ -79,7 +63,7 @@ def compress_(torch: Any, weights: Sequence[Any], *, where: str) -> SparseWeight
             result.dense[each.name] = str(error).strip().splitlines()[0].rstrip(".")
             continue
         each.module.weight = torch.nn.Parameter(sparse, requires_grad=False)
-        result.sparse[each.name] = each.module
+        result.sparse.append(each.name)
     reasons = [f"{name}: {why}" for name, why in result.dense.items()]
     if not result.sparse:
         raise EngineError(

@@ -90,10 +90,10 @@ class OnnxRuntimeEngine:
         self.max_length = max_positions(file.parent)
         self._fused: FusedSessions | None = None
         if used == CUDA:
-            self._session = None  # the next ones get its memory
+            plain, self._session = [self._session], None
             self._fused = FusedSessions(
                 runtime, file, self._open, device="cuda", inputs=self.inputs, outputs=self.outputs,
-                max_length=self.max_length, shapes=shapes,
+                max_length=self.max_length, shapes=shapes, plain=plain,
             )  # fmt: skip
         self.load_ms = (time.perf_counter() - start) * 1000
         self.name = f"onnxruntime-{_device(used)}{'-tf32' if variant == 'cuda-tf32' else ''}"

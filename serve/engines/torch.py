@@ -52,7 +52,6 @@ class TorchEngine:
             self._model = self._model.half()
         self._sparse = self._compress(folder) if asked.sparse else None
         config = self._model.config
-        self._compiled = asked.compiled
         if asked.compiled:
             self._model = self._compile(shapes)
         self.load_ms = (time.perf_counter() - start) * 1000
@@ -100,8 +99,6 @@ class TorchEngine:
         torch = self._torch
         if torch.get_num_threads() != self.threads:
             torch.set_num_threads(self.threads)  # one setting for the whole process, so every call makes sure of it
-        if self._sparse is not None and not self._compiled:
-            self._sparse.choose(feeds["input_ids"].size)
         try:
             with torch.inference_mode():
                 tensors = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in feeds.items()}
