@@ -1,11 +1,12 @@
 """Where 2:4 pays: cuSPARSELt's product with its algorithm search against cuBLAS's dense one, by shape, on one GPU.
 
-    python -m benchmarks.sparse_products --output benchmarks      writes sparse_products_<gpu>_<yyyymm>.json
+    python -m benchmarks.sparse_products --output benchmarks      writes sparse_products_columns_<gpu>_<yyyymm>.json
 
 For each width h the three products of a transformer's block: h x h, 4h x h and h x 4h (outputs x inputs). The two are
 timed in turn by the GPU's own clock, with the L2 cache overwritten before each and launches left out, by
 serve/engines/_torch_products.py, as in ``pst predict``. Every sparse product is compared with the dense one of the same
-weights first. Its outputs are in rows, as every layer reads them; with --layout columns, as only a product reads them.
+weights first. Its outputs are in columns, which a product can read, but not a norm; with --layout rows, as all layers
+read them, where cuSPARSELt can do that (0.8.0 cannot on an H100).
 Shapes that --seconds leaves no time for are listed as left out. Prints a table, and from how many tokens on 2:4 pays.
 Without a GPU it says so, with exit code 2.
 """
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except PSTError as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(2)
-    name = "sparse_products" if options.layout == "rows" else f"sparse_products_{options.layout}"
+    name = f"sparse_products_{options.layout}"
     path = options.output / report_path(name, report["environment"]).name
     write_json(path, report)
     print(render(report))
@@ -75,7 +76,9 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--widths", type=numbers, default=[768, 1024, 2048, 4096, 8192], help="%(default)s")
     parser.add_argument("--tokens", type=numbers, default=[128, 512, 2048, 4096, 8192, 16384], help="%(default)s")
     parser.add_argument("--dtypes", default="float16,bfloat16", help="%(default)s")
-    parser.add_argument("--layout", choices=("rows", "columns"), default="rows", help="of sparse outputs (%(default)s)")
+    parser.add_argument(
+        "--layout", choices=("rows", "columns"), default="columns", help="of sparse outputs (%(default)s)"
+    )
     parser.add_argument("--seconds", type=float, default=45.0, help="after which no shape is begun (%(default)s)")
     parser.add_argument("--budget", type=float, default=0.1, help="most seconds of rounds for a shape (%(default)s)")
     return parser.parse_args(arguments)

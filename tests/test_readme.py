@@ -120,6 +120,50 @@ def test_the_ratios_of_removed_units_are_those_of_the_committed_report() -> None
     assert 0.49 < macs["kept"] / macs["dense"] <= 0.5
 
 
+ROWS = {
+    "onnxruntime-cuda": {"2of4-matmul": "2:4 zeros", "unstructured-90": "90% zeros", "structured-50": "half of the"},
+    "tensorrt": {"2of4-matmul": "2:4 zeros", "2of4-conv": "2:4 as convolutions", "structured-50": "half of the"},
+}
+
+
+@pytest.mark.parametrize(("engine", "title"), [("onnxruntime-cuda", "ONNX Runtime CUDA"), ("tensorrt", "TensorRT 8.6")])
+def test_the_table_of_runtimes_is_that_of_the_committed_reports(engine: str, title: str) -> None:
+    report = json.loads((ROOT / f"benchmarks/runtimes_{engine}_h100_202611.json").read_text(encoding="utf-8"))
+    table = README[README.index(f"| {title}") :]
+    found: dict[str, dict[str, str]] = {row["artifact"]: {} for row in report["measurements"]}
+    for row in report["measurements"]:
+        ratio = row["speedup"] and f"{row['speedup']['ratio']:.2f}×"
+        found[row["artifact"]][row["workload"]] = ratio or f"{row['latency']['p50']:.2f} ms"
+    shapes = ("1x128", "32x128", "128x128")
+    assert _cells(table, title) == [found["dense"][shape] for shape in shapes]
+    for artifact, words in ROWS[engine].items():
+        assert _cells(table, words) == [found[artifact][shape] for shape in shapes]
+
+
+def _cells(table: str, begin: str) -> list[str]:
+    row = next(line for line in table.splitlines() if line.startswith(f"| {begin}"))
+    return [cell.strip() for cell in row.strip("|").split("|")][1:]
+
+
+def test_where_two_of_four_pays_is_what_was_measured() -> None:
+    path = ROOT / "benchmarks/sparse_products_columns_h100_202611.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    ratios: dict[tuple[int, int], dict[int, float]] = {}
+    for row in rows:
+        ratios.setdefault((row["outputs"], row["inputs"]), {})[row["tokens"]] = row["speedup"]["ratio"]
+    best = {shape: f"{max(each.values()):.2f}×" for shape, each in ratios.items()}
+    text = " ".join(README.split())
+    assert f"never at 768 x 768 ({best[768, 768]} at most)" in text
+    assert f"from 4,096 tokens on at 3072 x 768 ({best[3072, 768]} at most)" in text
+    assert f"from 2,048 at 4096 x 1024 ({best[4096, 1024]}), from 128 at 4096 x 4096 ({best[4096, 4096]})" in text
+    first = {shape: min(t for t in each if min(each[u] for u in each if u >= t) > 1.02) for shape, each in
+             ratios.items() if shape in ((3072, 768), (4096, 1024), (4096, 4096))}  # fmt: skip
+    assert first == {(3072, 768): 4096, (4096, 1024): 2048, (4096, 4096): 128}
+    most = max(rows, key=lambda row: float(row["speedup"]["ratio"]))
+    assert f"the most is {most['speedup']['ratio']:.2f}×, at {most['outputs']} x {most['inputs']}" in text
+    assert most["tokens"] == 16384
+
+
 def test_readme_names_every_command_and_links_to_what_exists() -> None:
     listed = subprocess.run(
         [sys.executable, "-m", "cli", "--help"], cwd=ROOT, env=environment(), capture_output=True, text=True, check=True

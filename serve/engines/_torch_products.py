@@ -6,8 +6,10 @@ the L2 cache is overwritten, so that weights come from memory as in a model whos
 
 y = x W^T, x (tokens, inputs), W (outputs, inputs). cuSPARSELt gets the compressed W, and x^T as a view;
 transpose_result lets it write y (tokens, outputs) in rows, as every next layer reads it; without, in columns, which
-another product can read, but not a norm. Its search returns an algorithm, and how the inputs are split among blocks
-(split_k and its mode); the product is then called with both.
+another product can read, but not a norm. In rows cuSPARSELt 0.8.0 fails on an H100 (its search ends in an internal
+error or an illegal instruction, its default takes 100 ms and more), so that columns are what is measured. The search
+returns an algorithm, and how the inputs are split among blocks (split_k and its mode); the product is then called with
+both.
 """
 
 import importlib
@@ -111,7 +113,7 @@ class TorchTwoOfFour:
 
     kernel = "cuSPARSELt"
 
-    def __init__(self, torch: Any, timer: GpuTimer, weights: Sequence[Any], *, rows: bool = True) -> None:
+    def __init__(self, torch: Any, timer: GpuTimer, weights: Sequence[Any], *, rows: bool = False) -> None:
         self._torch, self._timer, self._rows = torch, timer, rows
         self._packed = [torch._cslt_compress(weight) for weight in weights]
         self._reference = weights[0]

@@ -34,7 +34,7 @@ def _feeds(rows: int, tokens: int, *, seed: int = 0) -> dict[str, Array]:
 
 def _opened(folder: Path, *, graphs: bool, fault: str = "", shapes: Any = ()) -> tuple[Any, DeviceSession, list[bool]]:
     """The engine to compare with, the session under test, and with which graphs it was opened."""
-    engine, asked = open_engine(folder, threads=1), list[bool]()
+    engine, asked = open_engine(folder, engine="onnxruntime", threads=1), list[bool]()
 
     def open_session(wanted: bool) -> Any:
         asked.append(wanted)

@@ -127,6 +127,7 @@ def test_sparse_kernels_give_the_answers_of_dense_ones(
 
 
 @on_gpu
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores", "ignore:The CUDA Graph is empty")  # advice, in torch
 @pytest.mark.parametrize("name", ["torch-cuda-compiled", "torch-cuda-fp16-compiled"])
 def test_compiled(tiny_bert: Path, name: str) -> None:
     shapes = Shapes(fixed=((2, 8), (4, 16)), others=False)
