@@ -69,6 +69,8 @@ class TensorRTEngine:
         except BaseException:
             self.close()
             raise
+        self.plan_bytes = self.plan.path.stat().st_size
+        """Of the plan that runs, in bytes."""
         self.inputs: Mapping[str, TensorSpec] = _specs(self.manifest.inputs)
         self.outputs: Mapping[str, TensorSpec] = _specs(self.manifest.outputs)
         self.max_length = max_positions(path)
