@@ -111,6 +111,8 @@ def test_eval_and_bench_take_both(made: Made, reviews_file: Path, tmp_path: Path
     assert answers[0].metrics == answers[1].metrics
     dense = make(tmp_path / "dense", "bert")
     export(dense, tmp_path / "artifact")
-    report = bench([tmp_path / "artifact", artifact], shapes=parse_shapes("1x8"), output=tmp_path / "report", runs=3)
+    report = bench(
+        [tmp_path / "artifact", artifact], shapes=parse_shapes("1x8"), output=tmp_path / "report", runs=3, precision=0
+    )
     assert [subject.pattern for subject in report.subjects] == ["dense", "structured"]
     assert "zeros" not in " ".join(report.verdicts())

@@ -227,7 +227,7 @@ def test_bench_with_a_receipt(
     ]
     report = bench(
         [mine, tmp_path / "conv"], shapes=[(1, 8), (2, 8)], output=tmp_path / "report", threads=1, warmup=1, runs=3,
-        engine="tensorrt",
+        precision=0, engine="tensorrt",
     )  # fmt: skip
     assert all(subject.plan_bytes for subject in report.subjects)
     assert {subject.engine for subject in report.subjects} == {f"tensorrt-{trt.__version__}"}
