@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from benchmarks.reports import markdown_table, text_table
+from benchmarks.reports import text_table
 from pst.compare.grid import DENSE, percent
 from pst.compare.report import LOWER_IS_BETTER
 from pst.compare.statistics import Difference, Summary, paired, summarize
 from pst.errors import ConfigError, RunError
+from pst.markdown import markdown_table
 
 SCHEMA_VERSION = 1
 GOALS = {("unstructured", 0.5): 0.5, ("2:4", 0.5): 1.0, ("unstructured", 0.9): 5.0}
@@ -244,7 +245,7 @@ def markdown(content: dict[str, Any]) -> str:
     """The same as a page, with options and machines."""
     lines = ["# Accuracy of every method", "", HEADING, ""]
     for table in tables(content):
-        lines += [markdown_table(*table, left=2), ""]
+        lines += [*markdown_table(*table), ""]
     lines += [f"- {goal['verdict']}: {goal['text']}" for goal in content["goals"]]
     lines += [f"- {sentence}" for sentence in (*content["verdicts"], *content["notes"])]
     for name, one in content["datasets"].items():

@@ -1,4 +1,4 @@
-"""What the scripts share: where a report lies, and tables for a terminal and for Markdown."""
+"""What the scripts share: where a report lies, and tables for a terminal."""
 
 import re
 from collections.abc import Sequence
@@ -27,10 +27,3 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: in
         for row in every
     )
     return "\n".join(lines)
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
-    """The same in Markdown."""
-    rule = ["---"] * left + ["---:"] * (len(header) - left)
-    every = [list(header), rule, *(list(row) for row in rows)]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in every)

@@ -21,6 +21,7 @@ LEAVES = (
     "pst.tables",
     "pst.data",
     "pst.documents",
+    "pst.markdown",
     "pst.metrics",
     "pst.models",
     "pst.patterns",

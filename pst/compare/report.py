@@ -13,6 +13,7 @@ from pst.compare.grid import DENSE, percent
 from pst.compare.results import CellResult, Row, by_seed, headline, make_row, number, verdict
 from pst.errors import RunError
 from pst.files import atomic_file, write_json
+from pst.markdown import markdown_table
 
 SCHEMA_VERSION = 1
 PLOT_FILES = ("plot.png", "plot.svg")
@@ -80,7 +81,7 @@ class Report:
         """report.md: verdicts, table, plot, what was compared, and the machine."""
         lines = [f"# Comparison: {self.metric} on {self.options['data']}", ""]
         lines += [f"- {sentence}" for sentence in (*self.verdicts(), *self.notes)]
-        lines += ["", *_markdown_table(*_table(self)), ""]
+        lines += ["", *markdown_table(*_table(self)), ""]
         lines += [f"![{self.metric} against sparsity]({PLOT_FILES[0]})", ""] if self.plots else []
         lines += [METHOD, "", "## Options", ""]
         lines += [f"- {name}: {_shown(value)}" for name, value in self.options.items() if value not in ([], False)]
@@ -204,13 +205,6 @@ def _in_order(rows: Sequence[Row]) -> list[Row]:
     """Dense, then the methods side by side at each pattern and sparsity."""
     shapes = list(dict.fromkeys((row.pattern, row.sparsity) for row in rows))
     return sorted(rows, key=lambda row: shapes.index((row.pattern, row.sparsity)))
-
-
-def _markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
-    def line(cells: list[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-    return [line(header), line(["---"] * 2 + ["---:"] * (len(header) - 2)), *(line(row) for row in rows)]
 
 
 def _cell_json(result: CellResult) -> dict[str, Any]:

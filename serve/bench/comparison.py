@@ -12,8 +12,9 @@ from typing import Any
 
 from pst.errors import ConfigError, RunError
 from pst.files import read_json
+from pst.markdown import markdown_table
 from serve.bench.report import SCHEMA_VERSION
-from serve.bench.report_tables import markdown_table, show_ratio
+from serve.bench.report_tables import show_ratio
 from serve.bench.timing import CONFIDENCE, Speedup, median_interval, percentile
 
 COMPARED = ("cpu", "cpus_usable", "memory_gib", "os", "gpus", "threads")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pst.files import write_json
+from pst.markdown import markdown_table
 from serve.bench.gpu import Energy
 from serve.bench.html import page
 from serve.bench.memory import Memory
@@ -19,7 +20,6 @@ from serve.bench.report_tables import (
     artifact_table,
     latency_table,
     machine_lines,
-    markdown_table,
     megabytes,
     show_ratio,
 )

@@ -94,15 +94,6 @@ def _number(value: float | None, *, digits: int = 3) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
-def markdown_table(header: list[str], rows: list[list[str]]) -> list[str]:
-    """Lines of a table whose first two columns are words, and the rest numbers."""
-
-    def line(cells: list[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-    return [line(header), line(["---"] * 2 + ["---:"] * (len(header) - 2)), *(line(row) for row in rows)]
-
-
 def machine_lines(environment: dict[str, Any]) -> list[tuple[str, str]]:
     """What was measured on, as labels and values; environment as in report.json, also of an old report."""
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())

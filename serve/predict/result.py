@@ -3,7 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from serve.bench.report_tables import known_columns, machine_lines, markdown_table, show_ratio
+from pst.markdown import markdown_table
+from serve.bench.report_tables import known_columns, machine_lines, show_ratio
 from serve.bench.stopping import Stopped
 from serve.bench.timing import Speedup
 
