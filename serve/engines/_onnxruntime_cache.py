@@ -35,6 +35,7 @@ class OrtCache:
         self._runtime, self._session_for, self._max_length = runtime, session_for, max_length
         self._inputs = {name: spec for name, spec in inputs.items() if not name.startswith(PAST)}
         self._names, self._past = list(past), [value._get_c_value() for value in past.values()]
+        self._held = list(past.values())  # on a processor a value reads its array's memory, which these keep alive
         self._reads = [*self._inputs, *self._names]
         self._gives = [LOGITS, *(name.replace(PAST, PRESENT, 1) for name in self._names)]
         host, where = (runtime.OrtDevice.make(kind, 0)._get_c_device() for kind in ("cpu", device))
@@ -75,12 +76,10 @@ class OrtCache:
             said = str(error).strip().splitlines()[0].rpartition(" : ")[2].rstrip(". ")
             raise EngineError(f"ONNX Runtime failed to run the model: {said}.") from error
         logits = np.array(made[0].numpy()[:, -1])
-        cache = (
-            library.OrtValueVector()
-        )  # a value keeps the vector that it comes from, and all scores of a prompt there
+        cache = library.OrtValueVector()  # a value keeps the vector that it comes from: not that with a prompt's scores
         for value in list(made)[1:]:
             cache.push_back(value)
-        self._past = list(cache)
+        self._past, self._held = list(cache), []
         return logits
 
     def copy(self) -> Self:

@@ -222,7 +222,8 @@ def test_onnx_with_external_data(tmp_path: Path) -> None:
 # Output ---------------------------------------------------------------------------------------------------------------
 
 
-def test_render_and_json(artifact: Artifact) -> None:
+def test_render_and_json(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
     found = inspect(artifact("2:4", 0.5))
     plain, coloured = found.render(terminal=False), found.render(terminal=True)
     assert "\x1b" not in plain

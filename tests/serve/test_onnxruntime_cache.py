@@ -53,6 +53,22 @@ def test_the_same_tokens_as_with_the_cache_on_the_host(exported: Exported, kind:
                 np.testing.assert_allclose(one.arrays()[name], array, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_arrays_that_a_cache_was_made_of_may_go(exported: Exported, kind: str) -> None:
+    random = np.random.default_rng(9)
+    with open_engine(exported(kind)[1], threads=1) as engine:
+        feeds = _prompt(random, 3, 7)
+        start = HostCache(engine, empty_cache(engine.inputs, 3))
+        feeds = _next(feeds, start.extend(feeds).argmax(axis=-1))
+        sizes = [array.size for array in start.arrays().values()]
+        caches = [open_cache(engine, {name: array.copy() for name, array in start.arrays().items()}) for _ in range(20)]
+        litter = [np.full(size, np.nan, dtype=np.float32) for size in sizes for _ in range(60)]
+        expected = start.extend(feeds)
+        for cache in (*caches[1:], caches[0].copy()):
+            np.testing.assert_allclose(cache.extend(feeds), expected, rtol=1e-5, atol=1e-5)
+        assert len(litter) == 60 * len(sizes)
+
+
 def test_a_copy_goes_its_own_way_and_results_are_the_callers(exported: Exported) -> None:
     random = np.random.default_rng(8)
     with open_engine(exported("gpt2")[1], threads=1) as engine:

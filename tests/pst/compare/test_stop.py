@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from pst.batches import training_rows
 from pst.train import InterruptedRun
@@ -79,6 +80,16 @@ def test_an_interrupted_grid_keeps_what_is_finished_and_ends_in_the_same_weights
         assert weights(stopped / "runs" / name) == weights(whole / "runs" / name)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As in a process that shares the machine: sums of other threads have other last bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_two_at_a_time_give_the_weights_of_one_at_a_time(tiny_bert: Path, reviews_file: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     shape: dict[str, Any] = {"methods": ("dense",)}
