@@ -98,20 +98,12 @@ def run_profiles(
     cached: of a decoder each shape is a prompt without a past, and then up to *new_tokens* single tokens after it.
     spanned: one profile from the smallest of *shapes* to the largest, tuned for the middle one, not one for each.
     """
-    if spanned and len(shapes) > 1:
-        prompts = _span(shapes, past=(0, 0, 0) if cached else None)
-        found = [prompts]
-        if cached and new_tokens:
-            lengths = [tokens for _, tokens in shapes]
-            past = (min(lengths), prompts.usual[1] + new_tokens // 2, max(lengths) + new_tokens)
-            found.append(_span([(batch, 1) for batch, _ in shapes], past=past))
-        return (*found, *([parse_profile(None, max_length=max_length)] if others else ()))
-    found = [fixed_profile(shape, past=(0, 0, 0) if cached else None) for shape in shapes]
+    groups = [shapes] if spanned and shapes else [[shape] for shape in shapes]
+    found = [_span(group, past=(0, 0, 0) if cached else None) for group in groups]
     if cached and new_tokens:
-        found += [
-            fixed_profile((batch, 1), past=(tokens, tokens + new_tokens // 2, tokens + new_tokens))
-            for batch, tokens in shapes
-        ]
+        for group, prompt in zip(groups, tuple(found), strict=True):
+            past = (prompt.smallest[1], prompt.usual[1] + new_tokens // 2, prompt.largest[1] + new_tokens)
+            found.append(_span([(batch, 1) for batch, _ in group], past=past))
     if others or not found:
         found.append(parse_profile(None, max_length=max_length))
     return tuple(dict.fromkeys(found))
