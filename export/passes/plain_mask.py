@@ -66,15 +66,10 @@ class _View:
 
     def is_added(self, node: Any) -> bool:
         """Whether the scalars that a Where chooses from are added to something, and read by nothing else."""
-        if node.output[0] in self.outputs or any(
-            np.size(self.constants.get(name, [0, 0])) != 1 for name in node.input[1:]
-        ):
+        if any(name not in self.constants or self.constants[name].size != 1 for name in node.input[1:]):
             return False
         readers = self.readers.get(node.output[0], [])
-        readers = [
-            each for one in readers for each in (self.readers[one.output[0]] if one.op_type == "Cast" else [one])
-        ]
-        return bool(readers) and all(one.op_type == "Add" for one in readers)
+        return node.output[0] not in self.outputs and bool(readers) and all(one.op_type == "Add" for one in readers)
 
     def conditions(self, name: str) -> Iterator[tuple[str, str]]:
         """What *name* is the And of: ``all`` for what always holds, ``padding`` with its mask, or ``other``."""
