@@ -212,6 +212,11 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def cache_folder() -> Path:
+    """Where is kept what can be made again, for all runs of this user; not created."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparse-pst"
+
+
 def resolve_model(path: Path) -> Path:
     """The Hugging Face folder that *path* stands for: a run's ``model`` folder, or *path* itself."""
     return path / "model" if (path / "model" / "config.json").is_file() else path

@@ -6,12 +6,12 @@ Evaluation and the server both stand on this. Scores are a softmax of the logits
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
 from pst.errors import ModelError
+from serve.closing import Closing
 from serve.describe import ModelFolder, describe
 from serve.engines import Array, open_engine
 from serve.text import TextEncoder, Tokens
@@ -39,7 +39,7 @@ def softmax(logits: Array) -> Array:
     return np.asarray(shifted / shifted.sum(axis=-1, keepdims=True))
 
 
-class Classifier:
+class Classifier(Closing):
     """A classifier or regressor that is ready to answer; close it, or use it in a ``with`` block.
 
     Raises ArtifactError, ModelError or EngineError where the folder or the runtime is not usable.
@@ -84,11 +84,3 @@ class Classifier:
     def close(self) -> None:
         """Free the engine."""
         self.engine.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

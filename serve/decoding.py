@@ -19,15 +19,9 @@ from typing import Self
 import numpy as np
 
 from pst.errors import ArtifactError
-from serve.engines import Array, Cache, CachingEngine, Engine, TensorSpec
+from serve.engines import LOGITS, PAST, PRESENT, Array, Cache, CachingEngine, Engine, TensorSpec, cache_inputs
 
-PAST, PRESENT = "past_key_values.", "present."
 REMEDY = "export the model again."
-
-
-def cache_inputs(inputs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
-    """The inputs that take the cache; none of a graph without one."""
-    return {name: spec for name, spec in inputs.items() if name.startswith(PAST)}
 
 
 def has_cache(inputs: Mapping[str, TensorSpec]) -> bool:
@@ -57,7 +51,7 @@ class HostCache:
         """See Cache."""
         outputs = self._engine.infer({**feeds, **self._past})
         self._past = {name: outputs[name.replace(PAST, PRESENT, 1)] for name in self._past}
-        return outputs["logits"][:, -1]
+        return outputs[LOGITS][:, -1]
 
     def copy(self) -> Self:
         """See Cache."""

@@ -10,14 +10,14 @@ the two highest scores lie closer together than the runtimes' rounding.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
 from export import manifest
 from pst.errors import ArtifactError, ConfigError, DataError, ModelError
 from pst.files import read_json
+from serve.closing import Closing
 from serve.continuation import Continuation
 from serve.decoding import REMEDY, Decoding, has_cache
 from serve.describe import ModelFolder, describe
@@ -26,7 +26,7 @@ from serve.sampling import Sampling
 from serve.text import TextEncoder
 
 
-class Generator:
+class Generator(Closing):
     """A language model that is ready to answer; close it, or use it in a ``with`` block.
 
     *engine* and *threads* are those of serve.engines.open_engine; *verify* compares the files with their SHA-256.
@@ -112,14 +112,6 @@ class Generator:
     def close(self) -> None:
         """Free the model; safe to call twice."""
         self.engine.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _eos_ids(folder: Path) -> list[int]:

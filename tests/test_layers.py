@@ -16,6 +16,7 @@ LEAVES = (
     "pst.command_line",
     "pst.errors",
     "pst.files",
+    "pst.nvidia_smi",
     "pst.progress",
     "pst.revision",
     "pst.tables",

@@ -6,12 +6,12 @@ the tool nvidia-smi where that library is not found. It is the whole GPU's: what
 
 import ctypes
 import os
-import shutil
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
+
+from pst.nvidia_smi import query
 
 LIBRARY = "libnvidia-ml.so.1"
 SM_CLOCK = 1
@@ -126,19 +126,6 @@ def open_gpu() -> Gpu | None:
         except (OSError, AttributeError):
             continue
     return None
-
-
-def query(fields: str, *options: str) -> list[str]:
-    """The lines of ``nvidia-smi --query-gpu``; empty where it is missing, fails or hangs."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return []
-    command = [tool, f"--query-gpu={fields}", *options]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return [line.strip() for line in done.stdout.splitlines() if line.strip()] if done.returncode == 0 else []
 
 
 def gpus() -> list[str]:

@@ -25,9 +25,9 @@ from serve.bench.workload import (
     random_workload,
     text_workload,
 )
-from serve.decoding import Decoding, cache_inputs, empty_cache, open_cache
+from serve.decoding import Decoding, empty_cache, open_cache
 from serve.describe import ModelFolder, describe, vocab_size
-from serve.engines import Engine, Shapes, available_cpus, open_engine
+from serve.engines import Engine, Shapes, available_cpus, cache_inputs, open_engine
 from serve.evaluate import evaluate
 from serve.text import TextEncoder
 

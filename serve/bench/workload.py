@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from pst.errors import ConfigError
-from serve.decoding import cache_inputs, empty_cache
-from serve.engines import Array, TensorSpec
+from serve.decoding import empty_cache
+from serve.engines import Array, TensorSpec, cache_inputs
 from serve.text import INPUTS, TextEncoder, select_inputs
 
 Shape = tuple[int, int]

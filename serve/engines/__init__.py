@@ -23,6 +23,8 @@ from pst.errors import ArtifactError, EngineError
 
 Array = np.ndarray
 MAY_BE_EMPTY = "past_sequence_length"
+PAST, PRESENT, LOGITS = "past_key_values.", "present.", "logits"
+"""How a decoder's inputs and outputs of the cache begin, and its scores (export/cache.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,8 +189,8 @@ def open_engine(path: Path, *, engine: str = "auto", threads: int = 0, shapes: S
 
     *engine*: ``auto`` takes ONNX Runtime (on a GPU where it can) for what holds ONNX, and PyTorch otherwise.
     *threads*: CPU threads of one inference; 0 takes every CPU that the process may use.
-    *shapes*: what it will be given; TensorRT tunes its plan for that, and ONNX Runtime on CUDA
-    records what it launches.
+    *shapes*: what it will be given; TensorRT tunes its plan for that, and ONNX Runtime on CUDA records
+    what it launches.
 
     Raises EngineError for an unknown or missing runtime, ArtifactError and ModelError for a damaged folder.
     """
@@ -204,6 +206,11 @@ def open_engine(path: Path, *, engine: str = "auto", threads: int = 0, shapes: S
         raise EngineError(f"{engine} is not an engine; choose one of auto, {', '.join(engine_names())}.")
     module = cast("_EngineModule", importlib.import_module(f"{__name__}.{name}"))
     return module.open_path(path, variant=variant, threads=threads or available_cpus(), shapes=shapes)
+
+
+def cache_inputs(inputs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+    """The inputs that take a decoder's cache; none of a graph without one."""
+    return {name: spec for name, spec in inputs.items() if name.startswith(PAST)}
 
 
 def check_feeds(inputs: Mapping[str, TensorSpec], feeds: Mapping[str, Array], *, max_length: int | None) -> None:

@@ -160,6 +160,23 @@ def _words(error: Any) -> str:
     return str(getattr(error, "name", error))
 
 
+Sizes = Sequence[tuple[tuple[int, ...], str]]
+"""Shapes and types of arrays."""
+
+
+def layout(arrays: Sizes) -> tuple[list[int], int]:
+    """Offsets of arrays side by side, and the bytes of all; an empty one has an address of its own as well."""
+    offsets, end = [], 0
+    for shape, dtype in arrays:
+        offsets.append(end)
+        end += max(1, -(-_bytes(shape, dtype) // ALIGNMENT)) * ALIGNMENT
+    return offsets, end
+
+
+def _bytes(shape: tuple[int, ...], dtype: str) -> int:
+    return math.prod(shape) * np.dtype(dtype).itemsize
+
+
 class Buffer:
     """Memory on the GPU and its twin in pinned host memory, for several arrays side by side; both grow and are kept.
 
@@ -171,24 +188,20 @@ class Buffer:
         self._device = self._host = self._size = self._used = 0
         self._bytes: Array = np.empty(0, np.uint8)
 
-    def place(self, arrays: Sequence[tuple[tuple[int, ...], str]]) -> tuple[list[int], list[Array]]:
+    def place(self, arrays: Sizes) -> tuple[list[int], list[Array]]:
         """Make room for arrays of these shapes and types: their addresses on the GPU, and their views on the host.
 
         Both are valid until the next call.
         """
-        offsets, sizes, end = [], [], 0
-        for shape, dtype in arrays:
-            offsets.append(end)
-            sizes.append(math.prod(shape) * np.dtype(dtype).itemsize)
-            end += max(1, -(-sizes[-1] // ALIGNMENT)) * ALIGNMENT  # an empty array has an address as well
+        offsets, end = layout(arrays)
         if end > self._size:
             self.close()
             self._device, self._host, self._size = self._cuda.allocate(end), self._cuda.allocate_host(end), end
             self._bytes = np.ctypeslib.as_array((ctypes.c_uint8 * end).from_address(self._host))
         self._used = end
         views = [
-            self._bytes[offset : offset + size].view(dtype).reshape(shape)
-            for offset, size, (shape, dtype) in zip(offsets, sizes, arrays, strict=True)
+            self._bytes[offset : offset + _bytes(shape, dtype)].view(dtype).reshape(shape)
+            for offset, (shape, dtype) in zip(offsets, arrays, strict=True)
         ]
         return [self._device + offset for offset in offsets], views
 

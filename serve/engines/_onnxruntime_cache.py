@@ -10,9 +10,8 @@ from typing import Any, Self
 import numpy as np
 
 from pst.errors import EngineError
-from serve.engines import Array, TensorSpec, check_feeds
-
-PAST, PRESENT, LOGITS = "past_key_values.", "present.", "logits"
+from serve.engines import LOGITS, PAST, PRESENT, Array, TensorSpec, cache_inputs, check_feeds
+from serve.engines._onnxruntime_providers import first_line
 
 SessionFor = Callable[[Mapping[str, Array]], Any]
 """The session that shall run these feeds; raises EngineError once the engine is closed."""
@@ -25,42 +24,28 @@ class OrtCache:
         self,
         runtime: Any,
         session_for: SessionFor,
-        past: Mapping[str, Any],
+        past: Mapping[str, Array],
         *,
         device: str,
         inputs: Mapping[str, TensorSpec],
         max_length: int | None,
     ) -> None:
-        """*past* has an OrtValue of *device* for each input that takes the cache."""
+        """Of the arrays of *past*, which are copied to *device*."""
+        specs = cache_inputs(inputs)
+        check_feeds(specs, past, max_length=None)
         self._runtime, self._session_for, self._max_length = runtime, session_for, max_length
-        self._inputs = {name: spec for name, spec in inputs.items() if not name.startswith(PAST)}
-        self._names, self._past = list(past), [value._get_c_value() for value in past.values()]
-        self._held = list(past.values())  # on a processor a value reads its array's memory, which these keep alive
+        self._inputs = {name: spec for name, spec in inputs.items() if name not in specs}
+        # On a processor a value reads its array's memory, which these keep alive.
+        self._held = [
+            runtime.OrtValue.ortvalue_from_numpy(np.array(array, order="C"), device, 0) for array in past.values()
+        ]
+        self._names, self._past = list(past), [value._get_c_value() for value in self._held]
         self._reads = [*self._inputs, *self._names]
         self._gives = [LOGITS, *(name.replace(PAST, PRESENT, 1) for name in self._names)]
         host, where = (runtime.OrtDevice.make(kind, 0)._get_c_device() for kind in ("cpu", device))
         self._places = [host, *(where for _ in self._names)]
         self._options = runtime.RunOptions()
         self._options.log_severity_level = 4
-
-    @classmethod
-    def of(
-        cls,
-        runtime: Any,
-        session_for: SessionFor,
-        past: Mapping[str, Array],
-        *,
-        device: str,
-        inputs: Mapping[str, TensorSpec],
-        max_length: int | None,
-    ) -> Self:
-        """From arrays, which are copied."""
-        check_feeds({name: spec for name, spec in inputs.items() if name.startswith(PAST)}, past, max_length=None)
-        values = {
-            name: runtime.OrtValue.ortvalue_from_numpy(np.array(array, order="C"), device, 0)
-            for name, array in past.items()
-        }
-        return cls(runtime, session_for, values, device=device, inputs=inputs, max_length=max_length)
 
     def extend(self, feeds: Mapping[str, Array]) -> Array:
         """See Cache."""
@@ -73,8 +58,7 @@ class OrtCache:
         try:
             session.run_with_ortvaluevector(self._options, self._reads, given, self._gives, made, self._places)
         except Exception as error:  # the runtime's exceptions have no common base but this
-            said = str(error).strip().splitlines()[0].rpartition(" : ")[2].rstrip(". ")
-            raise EngineError(f"ONNX Runtime failed to run the model: {said}.") from error
+            raise EngineError(f"ONNX Runtime failed to run the model: {first_line(error)}.") from error
         logits = np.array(made[0].numpy()[:, -1])
         cache = library.OrtValueVector()  # a value keeps the vector that it comes from: not that with a prompt's scores
         for value in list(made)[1:]:

@@ -18,10 +18,11 @@ import numpy as np
 
 from pst.progress import note
 from serve.describe import vocab_size
-from serve.engines import Array, TensorSpec
+from serve.engines import LOGITS, Array, TensorSpec, cache_inputs
 from serve.engines._onnxruntime_device import DeviceSession
+from serve.engines._onnxruntime_providers import first_line
 
-MASK, PAST, LOGITS = "attention_mask", "past_key_values.", "logits"
+MASK = "attention_mask"
 _INPUTS = ("input_ids", MASK, "position_ids", "token_type_ids")
 LARGEST = 1_900_000_000
 """Bytes of a model that is rewritten: a session takes one from memory up to protobuf's 2 GB."""
@@ -57,7 +58,7 @@ class FusedSessions:
         self._runtime, self._file, self._open = runtime, file, open_session
         self._device, self._inputs, self._outputs, self._shapes = device, inputs, outputs, shapes
         self._max_length = max_length
-        self._cached = [name for name in inputs if name.startswith(PAST)]
+        self._cached = list(cache_inputs(inputs))
         self._sessions: dict[_Kind, DeviceSession] = {}
         self._said: set[str] = set()
         self._plain = [] if plain is None else plain
@@ -119,7 +120,7 @@ class FusedSessions:
                 return session
             why = "computes something else with it"
         except Exception as error:  # the runtime's exceptions have no common base but this
-            why = f"refuses it ({str(error).strip().splitlines()[0].rpartition(' : ')[2].rstrip('. ')})"
+            why = f"refuses it ({first_line(error)})"
         self._say(f"{self._file} runs as it is, without what is fused: ONNX Runtime {why}. Please report this.")
         return None
 

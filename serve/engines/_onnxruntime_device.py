@@ -19,6 +19,7 @@ import numpy as np
 
 from pst.progress import note
 from serve.engines import Array, TensorSpec
+from serve.engines._sizes import shape_of, sizes_of
 
 KEPT = 32
 """Shapes whose buffers are kept, and shapes that may become a CUDA graph: ONNX Runtime never gives one up again."""
@@ -108,7 +109,8 @@ class DeviceSession:
     def _buffers(self, key: Key, feeds: Mapping[str, Array]) -> _Bound:
         """Those of *key*: kept ones, new ones, or new ones that a CUDA graph is going to hold on to."""
         announced = next(iter(dict(key).values()), ()) in self._shapes
-        known = all(shape_of(spec, sizes_of(self._inputs, feeds)) is not None for spec in self._outputs.values())
+        sizes = sizes_of(self._inputs, dict(key))
+        known = all(shape_of(spec, sizes) is not None for spec in self._outputs.values())
         if self.graphs and known and (key in self._seen or announced) and len(self._recorded) < KEPT:
             self._bound.pop(key, None)
             self._recorded[key] = self._bind(feeds, graph=str(len(self._recorded)))
@@ -123,7 +125,8 @@ class DeviceSession:
 
     def _bind(self, feeds: Mapping[str, Array], *, graph: str) -> _Bound:
         values = self._runtime.OrtValue
-        binding, sizes, inputs = self.session.io_binding(), sizes_of(self._inputs, feeds), {}
+        binding, inputs = self.session.io_binding(), {}
+        sizes = sizes_of(self._inputs, {name: feeds[name].shape for name in self._inputs})
         for name in self._inputs:
             # A copy: on the CPU the value would share the caller's memory, and be written to later.
             inputs[name] = values.ortvalue_from_numpy(np.array(feeds[name], order="C"), self._device, 0)
@@ -151,26 +154,3 @@ class DeviceSession:
         with self._lock:
             self._forget()
             self.session = None
-
-
-def sizes_of(inputs: Mapping[str, TensorSpec], feeds: Mapping[str, Array]) -> dict[str, int]:
-    """What the symbols of *inputs* stand for in *feeds*."""
-    return {
-        symbol: length
-        for name, spec in inputs.items()
-        for symbol, length in zip(spec.shape, feeds[name].shape, strict=True)
-        if isinstance(symbol, str)
-    }
-
-
-def shape_of(spec: TensorSpec, sizes: Mapping[str, int]) -> list[int] | None:
-    """The shape that *spec* has where its symbols have *sizes*; None where one of them is not known."""
-    shape = []
-    for part in spec.shape:
-        if isinstance(part, int):
-            shape.append(part)
-        elif all(term in sizes for term in part.split(" + ")):
-            shape.append(sum(sizes[term] for term in part.split(" + ")))
-        else:
-            return None
-    return shape

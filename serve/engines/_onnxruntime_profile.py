@@ -16,6 +16,7 @@ from typing import Any
 from export.manifest import WeightInfo
 from pst.errors import EngineError
 from serve.engines import Array, LayerTime, Verdict
+from serve.engines._onnx_nodes import Node, computing_nodes, read_nodes
 
 MULTIPLIED = "ONNX Runtime has no sparse kernel for {operator}: it multiplies zeros like any other number"
 UNSEEN = "the runtime's optimizer merged it into another tensor, so that its time cannot be told apart"
@@ -27,7 +28,6 @@ ADVICE = {
 WARMUP = 2
 """Inferences that do not count: the first ones allocate."""
 _SUFFIX = "_kernel_time"
-_FORMS = {"Cast", "DequantizeLinear", "Identity", "QuantizeLinear", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
 
 
 class OnnxRuntimeProfiler:
@@ -67,7 +67,7 @@ class OnnxRuntimeProfiler:
                 node = event["name"].removesuffix(_SUFFIX)
                 times[node].append(event["dur"] / 1000)
                 operators[node] = event["args"]["op_name"]
-        where = _places(graph, self._onnx.load(str(self._file), load_external_data=False).graph, weights)
+        where = _places(graph, read_nodes(self._file), tuple(weights))
         return tuple(
             LayerTime(
                 node=node, operator=operators[node], time_ms=self._per_run(found), weights=tuple(where.get(node, ()))
@@ -96,30 +96,20 @@ def _onnx() -> Any:
     return onnx
 
 
-def _places(optimized: Any, original: Any, weights: Iterable[str]) -> dict[str, list[str]]:
-    """The weights that each node of *optimized* computes with."""
-    readers: dict[str, list[Any]] = defaultdict(list)
-    for node in original.node:
-        for name in node.input:
-            readers[name].append(node)
+def _places(optimized: Any, original: Sequence[Node], weights: Sequence[str]) -> dict[str, list[str]]:
+    """The weights that each node of *optimized* computes with.
+
+    A convolution of blocked layout is called after its output.
+    """
+    computing = computing_nodes(original, weights)
     inside = {node.name: set(node.input) for node in optimized.node}
     found: dict[str, list[str]] = defaultdict(list)
     for weight in weights:
         nodes = [node for node, inputs in inside.items() if weight in inputs]
-        for node in nodes or [name for name in _computing(weight, readers) if name in inside]:
+        if not nodes:
+            places = [original[place] for place in computing[weight]]
+            names = [name for node in places for name in (node.name, *(f"{output}_nchwc" for output in node.outputs))]
+            nodes = [name for name in names if name in inside]
+        for node in nodes:
             found[node].append(weight)
-    return found
-
-
-def _computing(tensor: str, readers: Mapping[str, list[Any]]) -> list[str]:
-    """Names that the nodes which compute with *tensor* may have, past those that only change its form.
-
-    A convolution of blocked layout is called after its output.
-    """
-    found = []
-    for node in readers.get(tensor, ()):
-        if node.op_type in _FORMS:
-            found += [name for output in node.output for name in _computing(output, readers)]
-        else:
-            found += [node.name, *(f"{output}_nchwc" for output in node.output)]
     return found

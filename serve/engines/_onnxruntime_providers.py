@@ -1,12 +1,12 @@
-"""Where ONNX Runtime computes: the execution providers of each variant of the engine, with their options."""
+"""Where ONNX Runtime computes: providers of each variant of the engine, options of a session, and what it says."""
 
 import hashlib
-import os
 from pathlib import Path
 from typing import Any
 
 from export import manifest
 from pst.errors import EngineError
+from pst.files import cache_folder
 
 CUDA = "CUDAExecutionProvider"
 CPU = "CPUExecutionProvider"
@@ -69,8 +69,7 @@ def tensorrt_options(runtime: Any, file: Path) -> dict[str, str]:
     )
     with file.open("rb") as content:
         digest = hashlib.file_digest(content, "sha256").hexdigest()[:16]
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = home / "sparse-pst" / "onnxruntime-tensorrt" / f"{digest}-{runtime.__version__}"
+    folder = cache_folder() / "onnxruntime-tensorrt" / f"{digest}-{runtime.__version__}"
     folder.mkdir(parents=True, exist_ok=True)
     return {
         "device_id": "0",
@@ -81,3 +80,19 @@ def tensorrt_options(runtime: Any, file: Path) -> dict[str, str]:
         "trt_timing_cache_enable": "True",
         "trt_timing_cache_path": str(folder),
     }
+
+
+def session_options(runtime: Any, threads: int) -> Any:
+    """onnxruntime.SessionOptions for *threads* of the CPU."""
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4  # fatal only: its errors come as exceptions, and are said once
+    # Otherwise idle threads spin for a while after an inference, and take the CPU from whoever runs next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
+
+
+def first_line(error: Exception) -> str:
+    """What ONNX Runtime says, without its prefix and its stack."""
+    return str(error).strip().splitlines()[0].rpartition(" : ")[2].rstrip(". ")

@@ -4,23 +4,18 @@ Keys and values of all layers lie in one block, which is never written to again,
 Blocks that nobody has any more are used again: a step then takes one of two in turn, and nothing is allocated.
 """
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
 from pst.errors import EngineError
-from serve.engines import Array, TensorSpec, check_feeds
-from serve.engines._cuda import ALIGNMENT, Cuda
+from serve.engines import LOGITS, PAST, PRESENT, Array, TensorSpec, cache_inputs, check_feeds
+from serve.engines._cuda import ALIGNMENT, Cuda, Sizes, layout
+from serve.engines._sizes import sizes_of
 
 if TYPE_CHECKING:
     from serve.engines.tensorrt import TensorRTEngine
-
-PAST, PRESENT, LOGITS = "past_key_values.", "present.", "logits"
-
-Sizes = Sequence[tuple[tuple[int, ...], str]]
-"""Shapes and types of arrays."""
 
 
 class Block:
@@ -81,15 +76,6 @@ class Pool:
         self._free.clear()
 
 
-def layout(arrays: Sizes) -> tuple[list[int], int]:
-    """Offsets of arrays side by side, and the bytes of all."""
-    offsets, end = [], 0
-    for shape, dtype in arrays:
-        offsets.append(end)
-        end += max(1, -(-math.prod(shape) * np.dtype(dtype).itemsize // ALIGNMENT)) * ALIGNMENT
-    return offsets, end
-
-
 class TensorRTCache:
     """See serve.engines.Cache."""
 
@@ -100,7 +86,7 @@ class TensorRTCache:
     @classmethod
     def of(cls, engine: "TensorRTEngine", past: Mapping[str, Array]) -> Self:
         """From arrays, which are copied."""
-        specs = {name: spec for name, spec in engine.inputs.items() if name.startswith(PAST)}
+        specs = cache_inputs(engine.inputs)
         check_feeds(specs, past, max_length=None)
         arrays = {name: np.ascontiguousarray(past[name]) for name in specs}
         offsets, size = layout([(array.shape, specs[name].dtype) for name, array in arrays.items()])
@@ -148,20 +134,12 @@ class TensorRTCache:
 
     def _check_sums(self, given: Mapping[str, TensorSpec], feeds: Mapping[str, Array]) -> None:
         """TensorRT would compute something where the mask is shorter than past and tokens together."""
-        known = {
-            symbol: length
-            for specs, shapes in (
-                (given, {name: feeds[name].shape for name in given}),
-                (self._engine.inputs, self._shapes),
-            )
-            for name, shape in shapes.items()
-            for symbol, length in zip(specs[name].shape, shape, strict=True)
-            if isinstance(symbol, str)
-        }
+        sizes = sizes_of(given, {name: feeds[name].shape for name in given})
+        sizes |= sizes_of({name: self._engine.inputs[name] for name in self._shapes}, self._shapes)
         for name, spec in given.items():
             for symbol, length in zip(spec.shape, feeds[name].shape, strict=True):
                 parts = symbol.split(" + ") if isinstance(symbol, str) else []
-                total = sum(known.get(part, 0) for part in parts)
+                total = sum(sizes.get(part, 0) for part in parts)
                 if len(parts) > 1 and total != length:
                     raise EngineError(f"Input {name} must be {total} long, past and new tokens, but is {length}.")
 

@@ -24,7 +24,6 @@ WARMUP = 2
 """Inferences that do not count."""
 SMALL = 1024
 """Rows or columns below which sparse kernels of the GPUs so far rarely pay (NVIDIA/TensorRT issues 3849 and 4065)."""
-PATTERNS = ("2:4", "1:4")
 SPARSE_TYPES = ("fp16", "int8")
 """That NVIDIA documents sparse kernels for."""
 REMOVE = "remove whole heads and neurons (--pattern structured), which is faster on every runtime"
@@ -141,7 +140,7 @@ def judge(
     )  # fmt: skip
     if place is not None and len(place.weights) > 1:
         why += f"; fused with {len(place.weights) - 1} others, so that its time cannot be told apart"
-    if pattern not in PATTERNS:
+    if pattern not in versions.SPARSE_PATTERNS:
         eligible = False
     return Verdict(eligible=True if ran else eligible, chosen=ran, why=why, advice=advice)
 
@@ -155,7 +154,7 @@ def _reasons(
     size, form = f"{rows} x {columns}", weight.form or "the operator"
     if ran:
         return f"a sparse kernel ran{f': {kernel}' if is_sparse_kernel(kernel) else ''}", ""
-    if pattern not in PATTERNS:
+    if pattern not in versions.SPARSE_PATTERNS:
         return (
             f"{version} has sparse kernels for 2:4 alone, and multiplies zeros of pattern {pattern} like any number",
             f"train with --pattern 2:4, or {REMOVE}",

@@ -17,10 +17,11 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from pst.errors import EngineError, ModelError
 from pst.files import resolve_model
+from serve.closing import Closing
 from serve.predict.products import SEED, Call, Product, Weights
 
 DEVICE = "cuda"
@@ -169,7 +170,7 @@ def fits(outputs: int, inputs: int) -> bool:
     return not outputs % WIDTH_MULTIPLE and not inputs % WIDTH_MULTIPLE
 
 
-class TorchProducts:
+class TorchProducts(Closing):
     """See serve.predict.products.Products."""
 
     name, dtype = "torch-cuda", "float16"
@@ -219,12 +220,6 @@ class TorchProducts:
         """Give the GPU's memory back."""
         self._model = None
         self._torch.cuda.empty_cache()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
 
 def has_cusparselt(torch: Any) -> bool:

@@ -14,17 +14,25 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
 from pst.errors import ArtifactError, EngineError
+from serve.closing import Closing
 from serve.describe import max_positions
 from serve.engines import ANY_SHAPE, Array, Cache, Profiler, Shapes, TensorSpec, check_feeds
 from serve.engines._onnxruntime_cache import OrtCache
 from serve.engines._onnxruntime_cuda import FusedSessions
-from serve.engines._onnxruntime_providers import CUDA, TENSORRT, Providers, providers_of, with_graphs
+from serve.engines._onnxruntime_providers import (
+    CUDA,
+    TENSORRT,
+    Providers,
+    first_line,
+    providers_of,
+    session_options,
+    with_graphs,
+)
 
 DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")
 MISSING = (
@@ -65,12 +73,7 @@ def load_runtime() -> Any:
         ) from error
 
 
-def _first_line(error: Exception) -> str:
-    """What ONNX Runtime says, without its prefix and its stack."""
-    return str(error).strip().splitlines()[0].rpartition(" : ")[2].rstrip(". ")
-
-
-class OnnxRuntimeEngine:
+class OnnxRuntimeEngine(Closing):
     """An InferenceSession with the protocol of serve.engines.Engine."""
 
     def __init__(self, path: Path, *, variant: str, threads: int, shapes: Sequence[tuple[int, int]] = ()) -> None:
@@ -102,7 +105,9 @@ class OnnxRuntimeEngine:
     def _open(self, model: Any, graphs: bool) -> Any:
         """A session of a file name or of bytes."""
         providers = with_graphs(self._asked) if graphs else self._asked
-        return _open_session(self._runtime, model, _options(self._runtime, self.threads), providers, file=self._file)
+        return _open_session(
+            self._runtime, model, session_options(self._runtime, self.threads), providers, file=self._file
+        )
 
     def infer(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Outputs by name; raises EngineError for feeds that do not fit, or when the runtime fails."""
@@ -115,12 +120,12 @@ class OnnxRuntimeEngine:
                 return self._fused.run(feeds)
             values = self._session.run(names, dict(feeds))
         except Exception as error:  # the runtime's exceptions have no common base but this
-            raise EngineError(f"ONNX Runtime failed to run the model: {_first_line(error)}.") from error
+            raise EngineError(f"ONNX Runtime failed to run the model: {first_line(error)}.") from error
         return dict(zip(names, values, strict=True))
 
     def cache(self, past: Mapping[str, Array]) -> Cache:
         """See CachingEngine: OrtValues, fed back as they come."""
-        return OrtCache.of(
+        return OrtCache(
             self._runtime, self._session_for, past, device="cpu" if self._fused is None else "cuda",
             inputs=self.inputs, max_length=self.max_length,
         )  # fmt: skip
@@ -137,7 +142,7 @@ class OnnxRuntimeEngine:
         from serve.engines._onnxruntime_profile import OnnxRuntimeProfiler
 
         return OnnxRuntimeProfiler(
-            self._runtime, self._file, options=_options(self._runtime, self.threads), providers=self._asked
+            self._runtime, self._file, options=session_options(self._runtime, self.threads), providers=self._asked
         )
 
     def close(self) -> None:
@@ -145,24 +150,6 @@ class OnnxRuntimeEngine:
         self._closed, self._session = True, None
         if self._fused is not None:
             self._fused.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-
-def _options(runtime: Any, threads: int) -> Any:
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 4  # fatal only: its errors come as exceptions, and are said once
-    # Otherwise idle threads spin for a while after an inference, and take the CPU from whoever runs next.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    return options
 
 
 def _check_used(used: str, variant: str) -> None:
@@ -188,7 +175,7 @@ def _open_session(runtime: Any, model: Any, options: Any, providers: Providers, 
     try:
         return runtime.InferenceSession(model, options, providers=providers)
     except Exception as error:  # the runtime's exceptions have no common base but this
-        kind, reason = type(error).__name__, _first_line(error).rpartition(" failed:")[2]
+        kind, reason = type(error).__name__, first_line(error).rpartition(" failed:")[2]
         if any(words in str(error).lower() for words in ("external data", "external initializer", "model_path")):
             named = re.search(r'"([^"]+)"', str(error))
             other = f" ({Path(named[1]).name})" if named else ""

@@ -11,16 +11,16 @@ first use; since they run one after the other, they share the device memory for 
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from export.manifest import FILE_NAME, MODEL_NAME, Manifest
 from export.targets.tensorrt import Plan, plan_of, versions
 from export.targets.tensorrt.profiles import run_profiles
 from pst.errors import ArtifactError, EngineError
 from pst.progress import note
+from serve.closing import Closing
 from serve.describe import max_positions
-from serve.engines import ANY_SHAPE, Array, Profiler, Shapes, TensorSpec, check_feeds
+from serve.engines import ANY_SHAPE, MAY_BE_EMPTY, Array, Profiler, Shapes, TensorSpec, check_feeds
 from serve.engines._cuda import Cuda, load_bindings
 from serve.engines._tensorrt_cache import Pool, TensorRTCache
 from serve.engines._tensorrt_lane import Lane, Port, bounds_of, fits, width
@@ -29,7 +29,7 @@ PACKAGES = {"": "tensorrt", "rtx": "tensorrt_rtx"}
 """By variant."""
 
 
-class TensorRTEngine:
+class TensorRTEngine(Closing):
     """A plan with the protocol of serve.engines.Engine."""
 
     def __init__(
@@ -156,14 +156,6 @@ class TensorRTEngine:
         if hasattr(self, "_lanes"):
             self.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     def _load(self, plan: Plan | None) -> tuple[Plan, Any, float]:
         """The plan, deserialized, and the milliseconds that it took; one that does not fit is built again, once."""
         for again in (False, True):
@@ -182,7 +174,7 @@ class TensorRTEngine:
 
     def _plan(self, *, again: bool) -> Plan:
         manifest = self.manifest
-        cached = any("past_sequence_length" in tensor.shape for tensor in manifest.inputs)
+        cached = any(MAY_BE_EMPTY in tensor.shape for tensor in manifest.inputs)
         profiles = run_profiles(
             self.shapes.fixed, others=self.shapes.others, max_length=manifest.max_length, cached=cached,
             new_tokens=self.shapes.new_tokens, spanned=self.shapes.spanned,

@@ -9,13 +9,13 @@ import importlib
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
 from pst.errors import EngineError, ModelError
 from pst.files import refuse_language_model, resolve_model
+from serve.closing import Closing
 from serve.describe import max_positions
 from serve.engines import ANY_SHAPE, Array, Shapes, TensorSpec, check_feeds
 from serve.engines._torch_sparse import SparseWeights, compress_
@@ -32,7 +32,7 @@ def _load_libraries() -> tuple[Any, Any]:
         raise EngineError(MISSING) from error
 
 
-class TorchEngine:
+class TorchEngine(Closing):
     """AutoModelForSequenceClassification in evaluation mode, with the protocol of serve.engines.Engine."""
 
     def __init__(self, path: Path, *, variant: str, threads: int, shapes: Shapes = ANY_SHAPE) -> None:
@@ -113,14 +113,6 @@ class TorchEngine:
     def close(self) -> None:
         """Drop the model and its memory."""
         self._model = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _load_model(torch: Any, transformers: Any, folder: Path) -> Any:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -16,8 +16,10 @@ from export.manifest import FILE_NAME
 from pst.errors import EngineError
 from pst.progress import note
 from serve.bench.workload import random_workload
+from serve.closing import Closing
 from serve.describe import vocab_size
 from serve.engines import available_cpus, open_engine
+from serve.engines._onnxruntime_providers import session_options
 from serve.engines.onnxruntime import load_runtime
 from serve.predict.onnx_product import products_model
 from serve.predict.products import SEED, Call, Product, Weights, timed
@@ -36,13 +38,11 @@ class OnnxRuntimeProduct:
         self._width, self._inputs = weights[0].shape
         self.outputs: list[np.ndarray] = []
         """What the call of the last ``at`` writes: (tokens, outputs) for each weight."""
-        options = runtime.SessionOptions()
-        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-        options.log_severity_level = 4  # fatal only: its errors come as exceptions
-        options.add_session_config_entry("session.force_spinning_stop", "1")
         model = products_model([weight.T.astype(dtype) for weight in weights])
         try:
-            self._session = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+            self._session = runtime.InferenceSession(
+                model, session_options(runtime, threads), providers=["CPUExecutionProvider"]
+            )
         except Exception as error:  # the runtime's exceptions have no common base but this
             reason = str(error).strip().splitlines()[0]
             raise EngineError(f"ONNX Runtime cannot multiply matrices of {dtype} here: {reason}.") from error
@@ -63,7 +63,7 @@ class OnnxRuntimeProduct:
         return timed(run)
 
 
-class OnnxRuntimeProducts:
+class OnnxRuntimeProducts(Closing):
     """See serve.predict.products.Products."""
 
     name = "onnxruntime-cpu"
@@ -113,12 +113,6 @@ class OnnxRuntimeProducts:
         self._engine.close()
         if self._temporary is not None:
             self._temporary.cleanup()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
 
 def _export(path: Path, folder: Path) -> None:

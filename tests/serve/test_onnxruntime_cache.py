@@ -123,9 +123,7 @@ class _AsOnGpu:
         return onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
 
     def cache(self, past: dict[str, Array]) -> OrtCache:
-        return OrtCache.of(
-            onnxruntime, self.sessions.session_for, past, device="cpu", inputs=self.inputs, max_length=None
-        )
+        return OrtCache(onnxruntime, self.sessions.session_for, past, device="cpu", inputs=self.inputs, max_length=None)
 
 
 @pytest.mark.parametrize("kind", KINDS)

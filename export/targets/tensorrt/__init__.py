@@ -7,7 +7,7 @@ versions.py is the one module that knows how TensorRT 8.6, 10, 11 and TensorRT-R
 runs the plans with it. Needs no torch and no onnx.
 """
 
-from export.targets.tensorrt.plan import FOLDER, Plan, PlanKey, build_plan, plan_of, timing_cache_folder
+from export.targets.tensorrt.plan import FOLDER, Plan, PlanKey, build_plan, plan_of
 from export.targets.tensorrt.profiles import Profile, fixed_profile, parse_profile
 from export.targets.tensorrt.versions import NO_GPU, RUNTIMES, find_gpu, find_runtime
 
@@ -24,5 +24,4 @@ __all__ = [
     "fixed_profile",
     "parse_profile",
     "plan_of",
-    "timing_cache_folder",
 ]

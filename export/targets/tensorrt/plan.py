@@ -7,7 +7,6 @@ the same shapes build quickly once one of them is built: in $XDG_CACHE_HOME/spar
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +17,7 @@ from export.manifest import MODEL_NAME, Manifest
 from export.targets.tensorrt import versions
 from export.targets.tensorrt.profiles import Profile, parse_profile
 from pst.errors import ConfigError, EngineError, StorageError
-from pst.files import atomic_file, read_json, sha256, write_json
+from pst.files import atomic_file, cache_folder, read_json, sha256, write_json
 from pst.progress import note
 
 FOLDER = "plans"
@@ -89,7 +88,7 @@ def plan_of(
             f"{trt.__name__} builds for the GPU that is there; leave the compute capability {target} out."
         )
     if sparse is None:
-        sparse = any((weight.pattern or manifest.pattern) in ("2:4", "1:4") for weight in manifest.weights)
+        sparse = any((weight.pattern or manifest.pattern) in versions.SPARSE_PATTERNS for weight in manifest.weights)
     folder = artifact / FOLDER
     key = PlanKey(
         model="".join(digest for name, digest in sorted(manifest.files.items()) if name.startswith(MODEL_NAME)),
@@ -112,7 +111,7 @@ def plan_of(
     start, sparsity = time.perf_counter(), list[str]()
     built = build_plan(
         artifact / MODEL_NAME, manifest, trt=trt, profiles=wanted, target=target, sparse=sparse,
-        timings=None if rtx else timing_cache_folder() / _timings(key), sparsity=sparsity,
+        timings=None if rtx else cache_folder() / _timings(key), sparsity=sparsity,
     )  # fmt: skip
     folder.mkdir(exist_ok=True)
     with atomic_file(plan) as partial:
@@ -125,11 +124,6 @@ def plan_of(
         },
     )  # fmt: skip
     return Plan(path=plan, profiles=wanted, record=read_json(record, EngineError, _REMEDY))
-
-
-def timing_cache_folder() -> Path:
-    """Where timings are kept; not created."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparse-pst"
 
 
 def _timings(key: PlanKey) -> str:

@@ -13,17 +13,19 @@ and the Python API's NetworkDefinitionCreationFlag, ExecutionContextAllocationSt
 
 import importlib
 import re
-import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from export.manifest import Manifest
 from pst.errors import ConfigError, EngineError
+from pst.nvidia_smi import query
 
 RUNTIMES = ("tensorrt", "tensorrt_rtx")
 """Packages that build plans, the first that is installed being the default."""
 NO_GPU = "none"
+SPARSE_PATTERNS = ("2:4", "1:4")
+"""What SPARSE_WEIGHTS has kernels for."""
 _INSTALL = (
     "pip install tensorrt (a GPU is needed to build), or pip install tensorrt-rtx (for RTX GPUs; builds without one)"
 )
@@ -50,12 +52,8 @@ def find_runtime(name: str | None = None) -> Any:
 
 def find_gpu() -> str:
     """The first GPU's name and compute capability, as its driver says; NO_GPU where there is none."""
-    query = ["nvidia-smi", "--query-gpu=name,compute_cap", "--format=csv,noheader"]
-    try:
-        found = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return NO_GPU
-    return found.splitlines()[0] if found else NO_GPU
+    found = query("name,compute_cap", "--format=csv,noheader")
+    return found[0] if found else NO_GPU
 
 
 def is_rtx(trt: Any) -> bool:

@@ -12,8 +12,8 @@ import pytest
 from export.manifest import Manifest
 from pst.errors import ArtifactError, EngineError
 from pst.files import read_json
-from serve.decoding import Decoding, cache_inputs, empty_cache
-from serve.engines import Array, CachingEngine, Shapes, open_engine
+from serve.decoding import Decoding, empty_cache
+from serve.engines import Array, CachingEngine, Shapes, cache_inputs, open_engine
 from serve.engines._tensorrt_lane import REPEATS
 from serve.engines.tensorrt import TensorRTEngine
 from tests.serve.engines.tensorrt_stand_in import Code, TensorRT, stand_in
