@@ -1,8 +1,10 @@
 """Everything that decides a training run, in one frozen record: the fields of config.yaml and of ``--set``."""
 
 import importlib
+import json
 import math
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from pst.errors import ConfigError
@@ -29,6 +31,11 @@ class TrainConfig:
     validation_fraction: float = field(0.1, "share of a single file that is kept for validation")
     limit: int = field(
         0, "use at most this many training rows; 0 = all; of data_to_text, also so many validation prompts"
+    )
+    start: Literal["auto", "pretrained", "finetuned"] = field(
+        "auto",
+        "finetuned: the model knows the task, and pst prunes half of it at lower learning rates; "
+        "auto = so is a folder whose config.json names a classifier",
     )
     task: Literal["auto", "classification", "language_modeling", "data_to_text"] = field(
         "auto", "what the model learns; auto = classification (and regression)"
@@ -174,7 +181,21 @@ class TrainConfig:
         changes = {name: value for name, value in defaults.items() if name in known and getattr(self, name) is None}
         keeps = getattr(module, "KEEPS_ZEROS", False)
         full = replace(self, **changes)
-        return replace(full, **full._settled_pattern(prunes=self.method != "dense", keeps=keeps))
+        full = replace(full, **full._settled_pattern(prunes=self.method != "dense", keeps=keeps))
+        if self.faithful or not hasattr(module, "defaults") or full.sparsity is None:
+            return full
+        own = module.defaults(pattern=full.pattern, sparsity=full.sparsity, finetuned=self.starts_finetuned())
+        return replace(full, **{name: value for name, value in own.items() if getattr(self, name) is None})
+
+    def starts_finetuned(self) -> bool:
+        """Whether the model knows the task, by ``start``, or as far as its folder's config.json tells."""
+        if self.start != "auto":
+            return self.start == "finetuned"
+        try:
+            said = json.loads((Path(self.model) / "config.json").read_text(encoding="utf-8")).get("architectures")
+        except (OSError, ValueError, AttributeError):  # a hub id, or what loading will complain about
+            return False
+        return any("ForSequenceClassification" in str(name) for name in said or [])
 
     def parsed_pattern(self) -> Pattern:
         """The pattern with its options. Raises PatternError for an unknown one."""

@@ -189,7 +189,7 @@ def _split_sets(sets: Sequence[str], methods: Sequence[str]) -> tuple[list[str],
 def _after_dense(cell: Cell, runs: Path, *, start: bool, teach: bool) -> Cell:
     dense = f"{DENSE}_seed{cell.seed}"
     folder = str(runs / dense / "model")
-    config = replace(cell.config, model=folder) if start else cell.config
+    config = replace(cell.config, model=folder, start="finetuned") if start else cell.config
     return replace(cell, config=replace(config, teacher=folder) if teach else config, dense=dense)
 
 

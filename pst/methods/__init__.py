@@ -1,7 +1,8 @@
 """What is important, and what trains: one file a method, found by its name.
 
 Each file defines ``make(config) -> Method | None``, where None means that nothing is pruned, and ``DEFAULTS`` for the
-options that a user leaves open; ``KEEPS_ZEROS = True`` says that pattern and sparsity are the model's own. The masked
+options that a user leaves open, or, where these depend on the start and on what shall go, a function ``defaults``
+beside it; ``KEEPS_ZEROS = True`` says that pattern and sparsity are the model's own. The masked
 weight that a method attaches may say more: ``fixed``, a mask that is never chosen again, and ``budget``, whether its
 scores compete in each weight or over all (pst/masked_weight.py). Adding a method is adding a file here.
 """

@@ -1,6 +1,7 @@
 """The training options: what each method fills in, what contradicts what, and every bound."""
 
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,6 +36,33 @@ def test_each_method_brings_its_own_rates() -> None:
     assert (filled.epochs, filled.seed, filled.r1) == (3.0, 0, 8)
     assert filled.lr_scores != filled.lr_update  # a rate of their own for the scores
     assert config(method="dense").filled().lr_scores == 0.0
+
+
+def rates(**given: Any) -> dict[str, Any]:
+    filled = config(**given).filled()
+    return {name: getattr(filled, name) for name in ("lr", "lr_update", "lr_scores")}
+
+
+def test_a_model_that_knows_the_task_is_halved_at_lower_rates(tmp_path: Path) -> None:
+    from pst.methods.pst import DEFAULTS, FINETUNED
+
+    usual = {name: DEFAULTS[name] for name in FINETUNED}
+    (tmp_path / "config.json").write_text('{"architectures": ["BertForSequenceClassification"]}')
+    knows = {"model": str(tmp_path), "sparsity": None}
+    assert rates(**knows | {"pattern": "2:4"}) == FINETUNED
+    assert rates(**knows | {"sparsity": 0.5}) == FINETUNED
+    assert rates(**knows | {"sparsity": 0.9}) == usual
+    assert rates(**knows | {"pattern": "block:4x4", "sparsity": 0.5}) == usual
+    assert rates(**knows | {"pattern": "2:4", "start": "pretrained"}) == usual
+    assert rates(**knows | {"pattern": "2:4", "lr_scores": 0.5}) == FINETUNED | {"lr_scores": 0.5}
+    (tmp_path / "config.json").write_text('{"architectures": ["BertModel"]}')
+    assert rates(**knows | {"pattern": "2:4"}) == usual
+    assert rates(**knows | {"pattern": "2:4", "start": "finetuned"}) == FINETUNED
+
+
+def test_faithful_and_other_methods_do_not_ask_where_a_model_starts() -> None:
+    for given in ({"faithful": True}, {"method": "magnitude"}):
+        assert rates(sparsity=0.5, start="finetuned", **given) == rates(sparsity=0.5, start="pretrained", **given)
 
 
 def test_faithful_fills_in_the_published_values() -> None:

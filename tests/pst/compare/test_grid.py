@@ -9,7 +9,7 @@ import pytest
 from pst.compare.grid import Cell, build, parse_names, parse_sparsities
 from pst.errors import ConfigError, PatternError
 from pst.methods import names
-from pst.methods.pst import FAITHFUL
+from pst.methods.pst import DEFAULTS, FAITHFUL, FINETUNED
 
 
 def cells(**changes: Any) -> tuple[Cell, ...]:
@@ -62,6 +62,16 @@ def test_from_dense_and_teacher_name_the_dense_run_of_the_seed() -> None:
         folder = f"out/runs/dense_seed{cell.seed}/model"
         expected = ("some/model", "", None) if cell.method == "dense" else (folder, folder, f"dense_seed{cell.seed}")
         assert (cell.config.model, cell.config.teacher, cell.dense) == expected
+
+
+def test_sparse_runs_from_dense_ones_take_the_rates_of_a_finetuned_start() -> None:
+    def rates(*, from_dense: bool) -> dict[float, float | None]:
+        found = cells(sparsities=(0.5, 0.9), from_dense=from_dense)
+        return {cell.sparsity: cell.config.lr for cell in found if cell.method == "pst"}
+
+    usual = rates(from_dense=False)
+    assert usual[0.5] == usual[0.9] == DEFAULTS["lr"]
+    assert rates(from_dense=True) == usual | {0.5: FINETUNED["lr"]}
 
 
 def test_every_method_there_is_can_be_named() -> None:
