@@ -36,6 +36,8 @@ class Case:
 
     name: str
     feeds: dict[str, Array]
+    random: bool = False
+    """Whether the tokens are drawn, which makes no text."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -71,7 +73,7 @@ def _random_cases(source: Source) -> Iterator[Case]:
         if "token_type_ids" in source.input_names:
             segments = random.integers(0, source.model.config.type_vocab_size, (batch, length))
             feeds["token_type_ids"] = (segments * mask).astype(np.int64)
-        yield Case(name=f"random {batch}x{length}", feeds=feeds)
+        yield Case(name=f"random {batch}x{length}", feeds=feeds, random=True)
 
 
 def calibration_rows(source: Source, examples: Any) -> Iterator[dict[str, Array]]:

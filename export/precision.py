@@ -41,7 +41,7 @@ PyTorch too. So there MEAN_SHARE counts as well, and the float32 graph is held t
 rewritten.
 """
 MEAN_SHARE = 0.1
-"""Of atol: the root mean square of the differences that a half type may have, in the same unit."""
+"""Of atol: the root mean square of the differences that a half type may have, and int8 on text, in the same unit."""
 IN_FLOAT32 = frozenset({"LayerNormalization", "Softmax", "Pow", "ReduceMean", "Sqrt", "Reciprocal"})
 _PRODUCTS = frozenset({"MatMul", "Gemm", "Conv"})
 _MOVES = frozenset(

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from export import parity, passes, pipeline
-from export.cases import Case
+from export.cases import Case, all_cases
 from export.manifest import Manifest, Parity
 from export.pipeline import export
 from export.source import load_source
@@ -233,11 +233,15 @@ def test_weight_changed_by_a_broken_pass(
 
 
 class _FaultySession:
-    def __init__(self, session: Any, change: Callable[["np.ndarray[Any, Any]"], "np.ndarray[Any, Any]"]) -> None:
-        self._session, self._change = session, change
+    def __init__(
+        self, session: Any, change: Callable[["np.ndarray[Any, Any]"], "np.ndarray[Any, Any]"], *, rows: int = 0
+    ) -> None:
+        """*change* the answers, or with *rows* those to a batch of so many alone."""
+        self._session, self._change, self._rows = session, change, rows
 
     def run(self, names: Any, feeds: Any) -> list["np.ndarray[Any, Any]"]:
-        return [self._change(self._session.run(names, feeds)[0])]
+        outputs: list[np.ndarray[Any, Any]] = self._session.run(names, feeds)
+        return [self._change(outputs[0])] if self._rows in (0, len(feeds["input_ids"])) else outputs
 
 
 def test_outputs_beyond_the_tolerance(
@@ -257,6 +261,23 @@ def test_outputs_beyond_the_tolerance(
     with pytest.raises(ArtifactError, match="gives shape"):
         parity.check_parity(source, _FaultySession(session, lambda logits: logits[:, :1]))
     parity.check_parity(source, _FaultySession(session, off), atol=0.02)
+
+
+def test_the_mean_of_differences_counts_on_random_inputs_only_where_asked(artifact: Artifact, tiny_bert: Path) -> None:
+    source, session = load_source(tiny_bert), parity.open_session(artifact("dense", 0.0) / "model.onnx")
+    cases = all_cases(source, None)
+    texts = {case.shape[0] for case in cases if not case.random}
+    random = max({case.shape[0] for case in cases if case.random} - texts)
+
+    def check(rows: int, *, random_too: bool) -> None:
+        off = _FaultySession(session, lambda logits: logits + np.float32(0.01), rows=rows)
+        parity.check_parity(source, off, atol=1.0, rms=0.005, rms_of_random=random_too)
+
+    with pytest.raises(ArtifactError, match="root mean square in logits on random"):
+        check(random, random_too=True)
+    check(random, random_too=False)
+    with pytest.raises(ArtifactError, match="root mean square in logits on built-in text"):
+        check(max(texts), random_too=False)
 
 
 def test_labels_may_differ_only_in_ties(tiny_bert: Path) -> None:
