@@ -1,0 +1,206 @@
+"""Our times beside those of tools that people trust: onnxruntime_perf_test's method, polygraphy and trtexec.
+
+    python -m benchmarks.trusted_tools ARTIFACT... --shapes 1x128 8x128 --threads 2
+    python -m benchmarks.trusted_tools ARTIFACT... --shapes 1x128 32x128 --engine onnxruntime-cuda    or tensorrt
+
+Each tool is a process of its own that stays open. They are asked in turn, one after the other, for a few inferences
+each: a round. The median of ours over the median of theirs is a round's ratio. A shape ends as one of pst bench does,
+when every ratio is known well enough. The median of the rounds and its interval say whether the two agree within 5%.
+On a GPU everybody runs the same thing: the plan that our TensorRT engine built, or the graph that our ONNX Runtime
+engine fused. Tools that are not installed are named. Needs no torch, and onnx for onnxruntime-cuda alone.
+
+Writes benchmarks/trusted_tools_<engine>_<device>_<yyyymm>.json.
+"""
+
+import argparse
+import importlib
+import importlib.util
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from benchmarks.reports import report_path, text_table
+from benchmarks.trusted_tools_list import OURS, Block, Job, Tool, missing, tools
+from export.manifest import Manifest
+from pst.files import write_json
+from pst.revision import git_revision
+from serve.bench.environment import environment
+from serve.bench.runner import unique_names
+from serve.bench.stopping import Stopped, StopRule
+from serve.bench.timing import Speedup, compare_samples
+from serve.bench.workload import parse_shapes
+from serve.engines import MAY_BE_EMPTY, available_cpus
+
+WITHIN = 0.05
+SETTLE_S = 0.02
+"""Between two tools: threads of the first that wait for more work still spin."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One tool's time against ours, of one artifact at one shape."""
+
+    artifact: str
+    shape: str
+    tool: str
+    times: str
+    """What its time is of, where that differs from ours."""
+    alike: bool
+    """Whether it is of the same, so that the two should agree."""
+    ours: dict[str, float]
+    """Milliseconds: p50 and mean over the rounds' medians and means."""
+    theirs: dict[str, float]
+    ratio: Speedup
+    """Ours over theirs."""
+    stopped: Stopped
+    samples: dict[str, list[float]] = field(default_factory=dict)
+    """Medians of the rounds."""
+
+    @property
+    def within(self) -> str:
+        """Whether the two agree: yes, no, or undecided where the interval has both in it."""
+        return within(self.ratio)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {**asdict(self), "ratio": self.ratio.to_json(), "within": self.within, "unit": "ms"}
+
+
+def within(ratio: Speedup) -> str:
+    """Whether all of the interval lies within WITHIN of 1, or all of it beyond."""
+    if ratio.low is None or ratio.high is None:
+        return "undecided"
+    if ratio.low >= 1 - WITHIN and ratio.high <= 1 + WITHIN:
+        return "yes"
+    return "no" if ratio.low > 1 + WITHIN or ratio.high < 1 - WITHIN else "undecided"
+
+
+def main(arguments: Sequence[str] | None = None) -> Path:
+    """Measure, print, write; returns where the report lies."""
+    options = _options(arguments)
+    threads = options.threads or available_cpus()
+    machine = environment(command=_command(options), threads=threads)
+    if importlib.util.find_spec("polygraphy"):
+        machine["versions"]["polygraphy"] = _polygraphy_version()
+    rows: list[Row] = []
+    failed: dict[str, str] = {}
+    for name, artifact in unique_names(options.artifacts).items():
+        for shape in options.shapes:
+            with ExitStack() as stack:
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                job = Job(artifact=artifact, shape=shape, engine=options.engine, threads=threads, folder=folder)
+                opened = tools(job, stack, failed)
+                rows += measure(name, shape, opened, options)
+                print(table(rows[-1:] if len(opened) == 2 else rows[1 - len(opened) :]), flush=True)
+    absent = missing(options.engine)
+    report = {
+        "environment": machine, "git_revision": git_revision(), "engine": options.engine, "method": __doc__,
+        "within": WITHIN, "rows": [row.to_json() for row in rows], "missing": absent, "failed": failed,
+    }  # fmt: skip
+    on_cpu = options.engine in ("onnxruntime", "onnxruntime-cpu")
+    named = report_path(f"trusted_tools_{options.engine}", machine, device="cpu" if on_cpu else "auto").name
+    write_json(options.output / named, report)
+    print(f"\n{render(rows, absent, failed)}\n\nWritten to {options.output / named}.")
+    return Path(options.output / named)
+
+
+def measure(artifact: str, shape: tuple[int, int], opened: Sequence[Tool], options: argparse.Namespace) -> list[Row]:
+    """Rounds of all tools, the first of which is ours; who begins a round moves on by one each time."""
+    blocks: dict[str, list[Block]] = {}
+    rule = StopRule(runs=options.rounds, precision=options.precision, budget_s=options.seconds)
+    begin, rounds = time.perf_counter(), 0
+    medians: dict[str, list[float]] = {}
+    while True:
+        first = rounds % len(opened)
+        for tool in (*opened[first:], *opened[:first]):
+            time.sleep(SETTLE_S)
+            for name, block in tool.measure(options.runs).items():
+                blocks.setdefault(name, []).append(block)
+        rounds += 1
+        medians = {name: [block.p50 for block in blocks[name]] for tool in opened for name in tool.names}
+        seconds = time.perf_counter() - begin
+        if rule.reached(medians, seconds=seconds):
+            break
+    stopped = rule.stopped(medians, seconds=seconds)
+    found = {name: {"p50": median(medians[name]), "mean": fmean(each.mean for each in blocks[name])} for name in blocks}
+    return [
+        Row(
+            artifact=artifact, shape="x".join(map(str, shape)), tool=name, times=why, alike=tool.alike(name),
+            ours=found[OURS], theirs=found[name], ratio=compare_samples(medians[OURS], medians[name]), stopped=stopped,
+            samples={"ours": medians[OURS], "theirs": medians[name]},
+        )
+        for tool in opened for name, why in tool.names.items() if name != OURS
+    ]  # fmt: skip
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Ours, theirs, and whether they agree."""
+    header = ["artifact", "shape", "tool", "within 5%", "ours ms", "theirs ms", "ratio", "interval", "rounds"]
+    lines = []
+    for row in rows:
+        low, high = row.ratio.low, row.ratio.high
+        interval = "none" if low is None or high is None else f"{low:.3f} to {high:.3f}"
+        lines.append(
+            [
+                row.artifact, row.shape, row.tool, row.within if row.alike else f"{row.within} (not alike)",
+                f"{row.ours['p50']:.3f}", f"{row.theirs['p50']:.3f}", f"{row.ratio.ratio:.3f}", interval,
+                str(row.ratio.rounds),
+            ]
+        )  # fmt: skip
+    return text_table(header, lines, left=4)
+
+
+def render(rows: Sequence[Row], absent: Mapping[str, str], failed: Mapping[str, str]) -> str:
+    """The table, what each tool's time is of, and what could not be asked."""
+    said = [table(rows), ""]
+    said += [f"{tool}: {times}." for tool, times in dict.fromkeys((row.tool, row.times) for row in rows)]
+    said += [f"{tool} is not installed; {remedy}." for tool, remedy in absent.items()]
+    said += [f"{tool} failed: {why}" for tool, why in failed.items()]
+    return "\n".join(said)
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("artifacts", nargs="+", type=Path, help="folders of pst export, of encoders")
+    parser.add_argument("--shapes", nargs="+", default=["1x128", "8x128"], help="batch x tokens (1x128 8x128)")
+    parser.add_argument(
+        "--engine", default="onnxruntime", choices=("onnxruntime", "onnxruntime-cuda", "tensorrt"),
+        help="ours, (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--threads", type=int, default=0, help="of the CPU (all)")
+    parser.add_argument("--rounds", type=int, default=20, help="least rounds of each shape (%(default)s)")
+    parser.add_argument("--runs", type=int, default=5, help="timed inferences of each tool in a round (%(default)s)")
+    parser.add_argument("--precision", type=float, default=0.01, help="of the ratios, as of pst bench (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=300.0, help="most seconds for a shape (%(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks"), help="folder of the report (benchmarks)")
+    options = parser.parse_args(arguments)
+    options.given = list(sys.argv[1:] if arguments is None else arguments)
+    options.shapes = parse_shapes(",".join(options.shapes))
+    for artifact in options.artifacts:
+        manifest = Manifest.load(artifact, verify=False)
+        if any(MAY_BE_EMPTY in tensor.shape for tensor in manifest.inputs):
+            parser.error(
+                f"{artifact} is a language model with a cache, which the other tools do not keep; give others."
+            )
+    return options
+
+
+def _command(options: argparse.Namespace) -> str:
+    """What repeats the measurement; where its files were kept does not belong to it."""
+    paths = {str(path): path.name for path in (*options.artifacts, options.output)}
+    return shlex.join(["python", "-m", "benchmarks.trusted_tools", *(paths.get(each, each) for each in options.given)])
+
+
+def _polygraphy_version() -> str:
+    return str(importlib.import_module("polygraphy").__version__)
+
+
+if __name__ == "__main__":
+    main()
