@@ -3,9 +3,10 @@
     python -m benchmarks.trusted_tools ARTIFACT... --shapes 1x128 8x128 --threads 2
     python -m benchmarks.trusted_tools ARTIFACT... --shapes 1x128 32x128 --engine onnxruntime-cuda    or tensorrt
 
-Each tool is a process of its own that stays open. They are asked in turn, one after the other, for a few inferences
-each: a round. The median of ours over the median of theirs is a round's ratio. A shape ends as one of pst bench does,
-when every ratio is known well enough. The median of the rounds and its interval say whether the two agree within 5%.
+Each tool is a process of its own that stays open. They are asked one after the other, in an order drawn anew each
+time, for a few inferences each: a round. The median of ours over the median of theirs is a round's ratio. A shape ends
+as one of pst bench does, when every ratio is known well enough. The median of the rounds and its interval say whether
+the two agree within 5%; the ratio of the fastest inferences stands beside, which other load of the machine moves least.
 On a GPU everybody runs the same thing: the plan that our TensorRT engine built, or the graph that our ONNX Runtime
 engine fused. Tools that are not installed are named. Needs no torch, and onnx for onnxruntime-cuda alone.
 
@@ -15,6 +16,7 @@ Writes benchmarks/trusted_tools_<engine>_<device>_<yyyymm>.json.
 import argparse
 import importlib
 import importlib.util
+import random
 import shlex
 import sys
 import tempfile
@@ -39,8 +41,8 @@ from serve.bench.workload import parse_shapes
 from serve.engines import MAY_BE_EMPTY, available_cpus
 
 WITHIN = 0.05
-SETTLE_S = 0.02
-"""Between two tools: threads of the first that wait for more work still spin."""
+SEED = 0
+"""Of the order in each round: drawn, so that nobody always follows the same tool."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +57,7 @@ class Row:
     alike: bool
     """Whether it is of the same, so that the two should agree."""
     ours: dict[str, float]
-    """Milliseconds: p50 and mean over the rounds' medians and means."""
+    """Milliseconds: p50 and mean over the rounds' medians and means, and the least of all."""
     theirs: dict[str, float]
     ratio: Speedup
     """Ours over theirs."""
@@ -112,24 +114,24 @@ def main(arguments: Sequence[str] | None = None) -> Path:
 
 
 def measure(artifact: str, shape: tuple[int, int], opened: Sequence[Tool], options: argparse.Namespace) -> list[Row]:
-    """Rounds of all tools, the first of which is ours; who begins a round moves on by one each time."""
+    """Rounds of all tools, the first of which is ours."""
     blocks: dict[str, list[Block]] = {}
     rule = StopRule(runs=options.rounds, precision=options.precision, budget_s=options.seconds)
-    begin, rounds = time.perf_counter(), 0
     medians: dict[str, list[float]] = {}
+    order, begin = random.Random(SEED), time.perf_counter()
     while True:
-        first = rounds % len(opened)
-        for tool in (*opened[first:], *opened[:first]):
-            time.sleep(SETTLE_S)
+        for tool in order.sample(opened, len(opened)):
             for name, block in tool.measure(options.runs).items():
                 blocks.setdefault(name, []).append(block)
-        rounds += 1
         medians = {name: [block.p50 for block in blocks[name]] for tool in opened for name in tool.names}
         seconds = time.perf_counter() - begin
         if rule.reached(medians, seconds=seconds):
             break
     stopped = rule.stopped(medians, seconds=seconds)
-    found = {name: {"p50": median(medians[name]), "mean": fmean(each.mean for each in blocks[name])} for name in blocks}
+    found = {
+        name: {"p50": median(medians[name]), "mean": fmean(x.mean for x in each), "least": min(x.least for x in each)}
+        for name, each in blocks.items()
+    }
     return [
         Row(
             artifact=artifact, shape="x".join(map(str, shape)), tool=name, times=why, alike=tool.alike(name),
@@ -142,7 +144,18 @@ def measure(artifact: str, shape: tuple[int, int], opened: Sequence[Tool], optio
 
 def table(rows: Sequence[Row]) -> str:
     """Ours, theirs, and whether they agree."""
-    header = ["artifact", "shape", "tool", "within 5%", "ours ms", "theirs ms", "ratio", "interval", "rounds"]
+    header = [
+        "artifact",
+        "shape",
+        "tool",
+        "within 5%",
+        "ours ms",
+        "theirs ms",
+        "ratio",
+        "interval",
+        "fastest",
+        "rounds",
+    ]
     lines = []
     for row in rows:
         low, high = row.ratio.low, row.ratio.high
@@ -151,6 +164,7 @@ def table(rows: Sequence[Row]) -> str:
             [
                 row.artifact, row.shape, row.tool, row.within if row.alike else f"{row.within} (not alike)",
                 f"{row.ours['p50']:.3f}", f"{row.theirs['p50']:.3f}", f"{row.ratio.ratio:.3f}", interval,
+                f"{row.ours['least'] / row.theirs['least']:.3f}",
                 str(row.ratio.rounds),
             ]
         )  # fmt: skip

@@ -39,6 +39,7 @@ class Block:
 
     p50: float
     mean: float
+    least: float
 
 
 class Tool(Protocol):
@@ -85,7 +86,7 @@ class Worker:
         _pipe(self._process.stdin).write(f"{count}\n")
         _pipe(self._process.stdin).flush()
         times = self._answer()
-        return {name: Block(p50=median(times), mean=fmean(times)) for name in self.names}
+        return {name: Block(p50=median(times), mean=fmean(times), least=min(times)) for name in self.names}
 
     def _answer(self) -> Any:
         line = _pipe(self._process.stdout).readline()
