@@ -140,7 +140,10 @@ class TrtExec:
         except (OSError, ValueError) as error:
             raise EngineError(str(error)) from error
         metrics = {"trtexec latency": "Latency", "trtexec wall": "wall", "trtexec compute": "GPU Compute Time"}
-        return {name: Block(p50=said[metric]["median"], mean=said[metric]["mean"]) for name, metric in metrics.items()}
+        return {
+            name: Block(p50=said[metric]["median"], mean=said[metric]["mean"], least=said[metric]["min"])
+            for name, metric in metrics.items()
+        }
 
 
 def missing(engine: str) -> dict[str, str]:

@@ -3,7 +3,7 @@
     python -m benchmarks.trusted_tools_worker perf_test '{"artifact": ..., "model": ..., "shape": [1, 128], ...}'
 
 It writes a JSON line once it is ready, then one for each number of inferences that it reads: their milliseconds, after
-one that is not timed. It answers when its threads have come to rest: ONNX Runtime's spin for some 60 ms of the CPU after
+one that is not timed. It answers when its threads have come to rest: ONNX Runtime's spin for tens of milliseconds after
 an inference, unless they are told not to, and would slow down whoever is timed next. All ways get the same tokens,
 without padding.
 """
