@@ -15,7 +15,6 @@ Writes benchmarks/trusted_tools_<engine>_<device>_<yyyymm>.json.
 
 import argparse
 import importlib
-import importlib.util
 import random
 import shlex
 import sys
@@ -29,7 +28,7 @@ from statistics import fmean, median
 from typing import Any
 
 from benchmarks.reports import report_path, text_table
-from benchmarks.trusted_tools_list import OURS, Block, Job, Tool, missing, tools
+from benchmarks.trusted_tools_list import OURS, Block, Job, Tool, has_polygraphy, missing, tools
 from export.manifest import Manifest
 from pst.files import write_json
 from pst.revision import git_revision
@@ -89,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     options = _options(arguments)
     threads = options.threads or available_cpus()
     machine = environment(command=_command(options), threads=threads)
-    if importlib.util.find_spec("polygraphy"):
+    if has_polygraphy():
         machine["versions"]["polygraphy"] = _polygraphy_version()
     rows: list[Row] = []
     failed: dict[str, str] = {}

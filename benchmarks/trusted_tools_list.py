@@ -146,9 +146,14 @@ class TrtExec:
         }
 
 
+def has_polygraphy() -> bool:
+    """Whether it is installed; whether it loads, shows in the process that wants it."""
+    return importlib.util.find_spec(POLYGRAPHY) is not None
+
+
 def missing(engine: str) -> dict[str, str]:
     """What is not installed of what *engine* is compared with, and how to install it."""
-    absent = {} if importlib.util.find_spec(POLYGRAPHY) else {POLYGRAPHY: INSTALL_POLYGRAPHY}
+    absent = {} if has_polygraphy() else {POLYGRAPHY: INSTALL_POLYGRAPHY}
     if engine == "tensorrt" and trtexec.find() is None:
         absent[trtexec.NAME] = trtexec.INSTALL
     return absent
@@ -176,12 +181,11 @@ def tools(job: Job, stack: ExitStack, failed: dict[str, str]) -> Sequence[Tool]:
         stack.callback(worker.close)
         opened.append(worker)
 
-    has_polygraphy = bool(importlib.util.find_spec(POLYGRAPHY))
     if job.engine == "tensorrt":
         program = trtexec.find()
         if program is not None:
             opened.append(TrtExec(program, job, ours.told))
-        if has_polygraphy:
+        if has_polygraphy():
             times = "wall-clock time with copies, but kernels launched one by one, where ours are a CUDA graph"
             add("polygraphy --trt", "polygraphy_trt", times, alike=False, **ours.told)
     elif job.engine == "onnxruntime-cuda":
@@ -192,14 +196,14 @@ def tools(job: Job, stack: ExitStack, failed: dict[str, str]) -> Sequence[Tool]:
         add("perf_test", "perf_test", times, alike=False, stop_spinning=True, **model)
         times = "the graph as our engine fuses it, as a CUDA graph, inputs and outputs left on the GPU; ours are copied"
         add("perf_test -g", "perf_test", times, stop_spinning=True, bound=True, **model)
-        if has_polygraphy:
+        if has_polygraphy():
             times = "the graph as our engine fuses it, arrays of the host, without a CUDA graph"
             add("polygraphy --onnxrt", "polygraphy_onnxrt", times, alike=False, **model)
     else:
         add("perf_test -Z", "perf_test", "Session::Run of the same file with the same options", stop_spinning=True)
         spin = "the same, but that threads spin between two runs, where ours stop"
         add("perf_test", "perf_test", f"{spin}; this is its default")
-        if has_polygraphy:
+        if has_polygraphy():
             add("polygraphy --onnxrt", "polygraphy_onnxrt", f"{spin}; one thread for each CPU that its process may use")
     return opened
 
