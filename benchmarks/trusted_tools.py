@@ -3,10 +3,11 @@
     python -m benchmarks.trusted_tools ARTIFACT... --shapes 1x128 8x128 --threads 2
     python -m benchmarks.trusted_tools ARTIFACT... --shapes 1x128 32x128 --engine onnxruntime-cuda    or tensorrt
 
-Each tool is a process of its own that stays open. They are asked one after the other, in an order drawn anew each
-time, for a few inferences each: a round. The median of ours over the median of theirs is a round's ratio. A shape ends
-as one of pst bench does, when every ratio is known well enough. The median of the rounds and its interval say whether
-the two agree within 5%; the ratio of the fastest inferences stands beside, which other load of the machine moves least.
+A round starts each tool in a process of its own, asks them in turn for a few inferences each, several times and in an
+order drawn anew each time, and ends them: two sessions of one file differ by several percent for as long as they live,
+so that ratios of the same two would be known well and wrong. The median of ours over the median of theirs is a round's
+ratio; the median of the rounds and its interval say whether the two agree within 5%. The ratio of the fastest
+inferences stands beside, which other load of the machine moves least.
 On a GPU everybody runs the same thing: the plan that our TensorRT engine built, or the graph that our ONNX Runtime
 engine fused. Tools that are not installed are named. Needs no torch, and onnx for onnxruntime-cuda alone.
 
@@ -56,7 +57,7 @@ class Row:
     alike: bool
     """Whether it is of the same, so that the two should agree."""
     ours: dict[str, float]
-    """Milliseconds: p50 and mean over the rounds' medians and means, and the least of all."""
+    """Milliseconds: median of the rounds' medians, mean of all, and the least of all."""
     theirs: dict[str, float]
     ratio: Speedup
     """Ours over theirs."""
@@ -94,12 +95,11 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     failed: dict[str, str] = {}
     for name, artifact in unique_names(options.artifacts).items():
         for shape in options.shapes:
-            with ExitStack() as stack:
-                folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-                job = Job(artifact=artifact, shape=shape, engine=options.engine, threads=threads, folder=folder)
-                opened = tools(job, stack, failed)
-                rows += measure(name, shape, opened, options)
-                print(table(rows[-1:] if len(opened) == 2 else rows[1 - len(opened) :]), flush=True)
+            with tempfile.TemporaryDirectory() as folder:
+                job = Job(artifact=artifact, shape=shape, engine=options.engine, threads=threads, folder=Path(folder))
+                found = measure(name, job, options, failed)
+            print(table(found), flush=True)
+            rows += found
     absent = missing(options.engine)
     report = {
         "environment": machine, "git_revision": git_revision(), "engine": options.engine, "method": __doc__,
@@ -112,33 +112,50 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     return Path(options.output / named)
 
 
-def measure(artifact: str, shape: tuple[int, int], opened: Sequence[Tool], options: argparse.Namespace) -> list[Row]:
-    """Rounds of all tools, the first of which is ours."""
+def measure(artifact: str, job: Job, options: argparse.Namespace, failed: dict[str, str]) -> list[Row]:
+    """Rounds of all tools; *failed* gets the last words of those that did not start in every one."""
     blocks: dict[str, list[Block]] = {}
-    rule = StopRule(runs=options.rounds, precision=options.precision, budget_s=options.seconds)
-    medians: dict[str, list[float]] = {}
-    order, begin = random.Random(SEED), time.perf_counter()
+    known: dict[str, Tool] = {}
+    rule = StopRule(runs=options.rounds, precision=0, budget_s=options.seconds)
+    order, begin, rounds = random.Random(SEED), time.perf_counter(), 0
     while True:
-        for tool in order.sample(opened, len(opened)):
-            for name, block in tool.measure(options.runs).items():
+        with ExitStack() as stack:
+            opened = tools(job, stack, failed)
+            for name, block in one_round(opened, order, options).items():
                 blocks.setdefault(name, []).append(block)
-        medians = {name: [block.p50 for block in blocks[name]] for tool in opened for name in tool.names}
+        known |= {name: tool for tool in opened for name in tool.names}
+        rounds += 1
         seconds = time.perf_counter() - begin
+        medians = {name: [block.p50 for block in each] for name, each in blocks.items() if len(each) == rounds}
         if rule.reached(medians, seconds=seconds):
             break
     stopped = rule.stopped(medians, seconds=seconds)
     found = {
         name: {"p50": median(medians[name]), "mean": fmean(x.mean for x in each), "least": min(x.least for x in each)}
-        for name, each in blocks.items()
-    }
+        for name, each in blocks.items() if name in medians
+    }  # fmt: skip
     return [
         Row(
-            artifact=artifact, shape="x".join(map(str, shape)), tool=name, times=why, alike=tool.alike(name),
-            ours=found[OURS], theirs=found[name], ratio=compare_samples(medians[OURS], medians[name]), stopped=stopped,
+            artifact=artifact, shape="x".join(map(str, job.shape)), tool=name, times=known[name].names[name],
+            alike=known[name].alike(name), ours=found[OURS], theirs=found[name], stopped=stopped,
+            ratio=compare_samples(medians[OURS], medians[name]),
             samples={"ours": medians[OURS], "theirs": medians[name]},
         )
-        for tool in opened for name, why in tool.names.items() if name != OURS
+        for name in medians if name != OURS
     ]  # fmt: skip
+
+
+def one_round(opened: Sequence[Tool], order: random.Random, options: argparse.Namespace) -> dict[str, Block]:
+    """What all of *opened* say, asked --turns times."""
+    blocks: dict[str, list[Block]] = {}
+    for _ in range(options.turns):
+        for tool in order.sample(opened, len(opened)):
+            for name, block in tool.measure(options.runs).items():
+                blocks.setdefault(name, []).append(block)
+    return {
+        name: Block(p50=median(x.p50 for x in each), mean=fmean(x.mean for x in each), least=min(x.least for x in each))
+        for name, each in ((tool_name, blocks[tool_name]) for tool in opened for tool_name in tool.names)
+    }
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -188,9 +205,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="ours, (%(default)s)",
     )  # fmt: skip
     parser.add_argument("--threads", type=int, default=0, help="of the CPU (all)")
-    parser.add_argument("--rounds", type=int, default=20, help="least rounds of each shape (%(default)s)")
-    parser.add_argument("--runs", type=int, default=5, help="timed inferences of each tool in a round (%(default)s)")
-    parser.add_argument("--precision", type=float, default=0.01, help="of the ratios, as of pst bench (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=20, help="rounds of each shape (%(default)s)")
+    parser.add_argument("--turns", type=int, default=8, help="of each tool in a round (%(default)s)")
+    parser.add_argument("--runs", type=int, default=5, help="timed inferences of each tool in a turn (%(default)s)")
     parser.add_argument("--seconds", type=float, default=300.0, help="most seconds for a shape (%(default)s)")
     parser.add_argument("--output", type=Path, default=Path("benchmarks"), help="folder of the report (benchmarks)")
     options = parser.parse_args(arguments)

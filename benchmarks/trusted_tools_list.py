@@ -212,11 +212,13 @@ def _fused(job: Job) -> Path:
     """What our ONNX Runtime CUDA engine runs for texts without padding, as serve/engines/_onnxruntime_cuda.py says."""
     from serve.engines._onnxruntime_cuda import fused
 
+    file = job.folder / "fused.onnx"
+    if file.is_file():
+        return file
     model = fused(job.artifact / "model.onnx", unpadded=True)
     if model is not None and model.reads_mask:
         model = fused(job.artifact / "model.onnx", unpadded=False)
     if model is None:
         return job.artifact / "model.onnx"
-    file = job.folder / "fused.onnx"
     file.write_bytes(model.content)
     return file

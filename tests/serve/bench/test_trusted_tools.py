@@ -140,7 +140,7 @@ def test_a_tool_that_fails_is_left_out(bert_artifact: Path, tmp_path: Path, monk
 
 
 def test_a_small_real_comparison(bert_artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    given = [str(bert_artifact), "--shapes", "2x8", "--rounds", "8", "--runs", "2", "--precision", "0"]
+    given = [str(bert_artifact), "--shapes", "2x8", "--rounds", "6", "--turns", "2", "--runs", "2"]
     place = trusted_tools.main([*given, "--threads", "1", "--output", str(tmp_path)])
     report = json.loads(place.read_text(encoding="utf-8"))
     assert place.name.startswith("trusted_tools_onnxruntime_cpu_")
@@ -149,7 +149,7 @@ def test_a_small_real_comparison(bert_artifact: Path, tmp_path: Path, capsys: py
     assert [row["tool"] for row in report["rows"]] == expected
     for row in report["rows"]:
         ours, theirs = row["samples"]["ours"], row["samples"]["theirs"]
-        assert len(ours) == len(theirs) == row["ratio"]["rounds"] == 8
+        assert len(ours) == len(theirs) == row["ratio"]["rounds"] == 6
         ratio = float(np.median(np.array(ours) / np.array(theirs)))
         assert row["ratio"]["ratio"] == pytest.approx(ratio)
         assert row["ours"]["least"] <= min(ours)
