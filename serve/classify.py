@@ -13,7 +13,7 @@ import numpy as np
 from pst.errors import ModelError
 from serve.closing import Closing
 from serve.describe import ModelFolder, describe
-from serve.engines import Array, open_engine
+from serve.engines import Array, Engine, open_engine
 from serve.text import TextEncoder, Tokens
 
 
@@ -42,17 +42,21 @@ def softmax(logits: Array) -> Array:
 class Classifier(Closing):
     """A classifier or regressor that is ready to answer; close it, or use it in a ``with`` block.
 
+    *engine*: a name to open, or what is open already, which close then leaves alone.
     Raises ArtifactError, ModelError or EngineError where the folder or the runtime is not usable.
     """
 
-    def __init__(self, path: Path, *, engine: str = "auto", threads: int = 0, verify: bool = False) -> None:
+    def __init__(self, path: Path, *, engine: str | Engine = "auto", threads: int = 0, verify: bool = False) -> None:
         self.folder: ModelFolder = describe(path, verify=verify)
         if self.folder.task == "text_generation":
             raise ModelError(f"{path} is a language model; give a classifier or regressor.")
         self.encoder = TextEncoder(self.folder.path, max_length=self.folder.max_length)
-        self.engine = open_engine(self.folder.path, engine=engine, threads=threads)
+        self._opened = isinstance(engine, str)
+        self.engine: Engine = (
+            open_engine(self.folder.path, engine=engine, threads=threads) if isinstance(engine, str) else engine
+        )
         if "logits" not in self.engine.outputs:
-            self.engine.close()
+            self.close()
             raise ModelError(
                 f"{path} gives {', '.join(self.engine.outputs)}, not logits; "
                 "export a model for sequence classification."
@@ -82,5 +86,6 @@ class Classifier(Closing):
         ]
 
     def close(self) -> None:
-        """Free the engine."""
-        self.engine.close()
+        """Free the engine, if it was opened here."""
+        if self._opened:
+            self.engine.close()

@@ -17,8 +17,8 @@ from pst.files import atomic_file
 from pst.progress import progress
 from serve import perplexity
 from serve.classify import Classifier, softmax
-from serve.describe import describe
-from serve.engines import Array
+from serve.describe import ModelFolder, describe
+from serve.engines import Array, Engine
 from serve.generate import Generator
 
 
@@ -91,13 +91,14 @@ def evaluate(
     path: Path,
     spec: DataSpec,
     *,
-    engine: str = "auto",
+    engine: str | Engine = "auto",
     batch_size: int = 32,
     predictions: Path | None = None,
     threads: int = 0,
 ) -> EvalResult:
     """Measure a run, model or artifact folder on all rows of a file, or on a folder's or hub id's validation split.
 
+    *engine*: a name, or one that is open already and stays so.
     *predictions*: also write one JSON line per row, in the data's order: ``{"label", "prediction", "scores"}``, with
     class numbers and softmax scores, or the value and no scores where the task is regression.
     A language model is measured on documents (pst/documents.py) by its perplexity of them (serve/perplexity.py).
@@ -113,13 +114,7 @@ def evaluate(
     examples = load_whole(spec)
     with Classifier(path, engine=engine, threads=threads, verify=True) as classifier:
         folder = classifier.folder
-        examples = align_labels(
-            examples,
-            label2id=folder.label2id,
-            num_labels=folder.num_labels,
-            task=folder.task,
-            where=str(path),
-        )
+        examples = _aligned(examples, folder, path)
         start = time.perf_counter()
         logits = run(classifier, examples, batch_size=batch_size)
         seconds = time.perf_counter() - start
@@ -144,7 +139,24 @@ def evaluate(
     return result
 
 
-def _evaluate_language_model(path: Path, spec: DataSpec, *, engine: str, batch_size: int, threads: int) -> EvalResult:
+def check_data(path: Path, spec: DataSpec) -> None:
+    """Raise what evaluate would raise about *spec* for the folder *path*, before anything is opened."""
+    folder = describe(path)
+    if folder.task == "text_generation":
+        documents.load_whole(spec)
+    else:
+        _aligned(load_whole(spec), folder, path)
+
+
+def _aligned(examples: Examples, folder: ModelFolder, path: Path) -> Examples:
+    return align_labels(
+        examples, label2id=folder.label2id, num_labels=folder.num_labels, task=folder.task, where=str(path)
+    )
+
+
+def _evaluate_language_model(
+    path: Path, spec: DataSpec, *, engine: str | Engine, batch_size: int, threads: int
+) -> EvalResult:
     text = documents.load_whole(spec)
     with Generator(path, engine=engine, threads=threads, verify=True) as model:
         blocks = perplexity.blocks_of(model, text)

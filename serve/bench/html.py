@@ -8,7 +8,9 @@ from html import escape
 from typing import Any
 
 from serve.bench.charts import COLORS, Bar, Dot, Interval, bars, dots, intervals
-from serve.bench.report_tables import known_columns, megabytes
+from serve.bench.receipt import Receipt
+from serve.bench.receipt_text import layer_table
+from serve.bench.report_tables import artifact_table, by_workload, latency_table
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2024; --soft: #60646c; --line: #d9d9e0; --page: #fff; --card: #f7f7f9; }
@@ -41,6 +43,9 @@ tr.dense td:first-child { border-left: 4px solid var(--line); }
 summary { cursor: pointer; padding: .4rem 0; font-weight: 600; }
 """
 
+_LAYER_STYLES = {"density": "number", "ms": "number", "baseline ms": "number", "share": "share", "why": "why"}
+"""Classes of a receipt's cells, by column."""
+
 
 def page(report: Mapping[str, Any], *, machine: Sequence[tuple[str, str]]) -> str:
     """The whole page, for the content of a report.json and the lines that say where it was measured."""
@@ -48,15 +53,18 @@ def page(report: Mapping[str, Any], *, machine: Sequence[tuple[str, str]]) -> st
     color = {name: COLORS[index % len(COLORS)] for index, name in enumerate(names)}
     parts = ["<h1>Latency report</h1>"]
     parts += [f'<p class="verdict">{escape(sentence)}</p>' for sentence in report["verdicts"]]
-    parts += ["<h2>Artifacts</h2>", _artifacts(report), "<h2>Latency</h2>", _key(color), _latency(report, color)]
-    parts += [_latencies(report)]
+    parts += ["<h2>Artifacts</h2>", _numbers(*artifact_table(report, page=True))]
+    parts += ["<h2>Latency</h2>", _key(color), _latency(report, color), _numbers(*latency_table(report, page=True))]
     if len(names) > 1:
         parts += [f"<h2>Speed against {escape(names[0])}</h2>", _ratios(report, color)]
     parts += [f'<p class="soft">{escape(sentence)}</p>' for sentence in report.get("notes", ())]
     if any(artifact["accuracy"] for artifact in report["artifacts"]):
         parts += ["<h2>Accuracy and speed</h2>", _frontier(report, color)]
     if report.get("receipts"):
-        parts += ["<h2>Receipt: where the sparsity of each layer went</h2>", *_receipts(report["receipts"])]
+        parts += [
+            "<h2>Receipt: where the sparsity of each layer went</h2>",
+            *_receipts(list(map(Receipt.from_json, report["receipts"]))),
+        ]
     parts += ["<h2>Method</h2>", f'<p class="soft">{escape(report["method"])}</p>', "<h2>Machine</h2>"]
     parts += [_table(["", ""], [[(label, ""), (value, "why")] for label, value in machine])]
     return (
@@ -84,7 +92,7 @@ def _latency(report: Mapping[str, Any], color: Mapping[str, str]) -> str:
             value=entry["latency"]["p50"],
             until=entry["latency"]["p99"],
         )
-        for entry in _in_turn(report)
+        for entry in by_workload(report)
     ]
     return _figure(bars(found, unit="ms"), "Bars end at the median, lines at the 99th percentile. Shorter is faster.")
 
@@ -98,18 +106,12 @@ def _ratios(report: Mapping[str, Any], color: Mapping[str, str]) -> str:
             low=entry["speedup"]["low"],
             high=entry["speedup"]["high"],
         )
-        for entry in _in_turn(report)
+        for entry in by_workload(report)
         if entry["speedup"] is not None
     ]
     return _figure(
         intervals(found), "The baseline's time over the artifact's, with its interval. Right of 1 is faster."
     )
-
-
-def _in_turn(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Measurements by workload, in the order of the first artifact's."""
-    order = list(dict.fromkeys(entry["workload"] for entry in report["measurements"]))
-    return sorted(report["measurements"], key=lambda entry: order.index(entry["workload"]))
 
 
 def _frontier(report: Mapping[str, Any], color: Mapping[str, str]) -> str:
@@ -127,98 +129,34 @@ def _frontier(report: Mapping[str, Any], color: Mapping[str, str]) -> str:
     return _figure(dots(found, x=f"p50 at {first}, ms", y=metric), f"{better} and to the left is better.")
 
 
-def _artifacts(report: Mapping[str, Any]) -> str:
-    """As in report.md, with what an old report does not have left empty, and without columns that are."""
-    header = ["artifact", "engine", "pattern", "zeros", "MB", "plan MB", "load ms", "host MB", "GPU MB", "accuracy"]
-    rows = []
-    for each in report["artifacts"]:
-        score, zeros, memory = each["accuracy"], each["sparsity"], each.get("memory") or {}
-        rows.append(
-            [
-                each["name"],
-                each["engine"],
-                each["pattern"] or "unknown",
-                "" if zeros is None else f"{zeros:.1%}",
-                f"{each['size_bytes'] / 1e6:.1f}",
-                megabytes(each.get("plan_bytes")),
-                f"{each['load_ms']:.0f}",
-                megabytes(memory.get("host_peak")),
-                megabytes(memory.get("device")),
-                "not measured" if score is None else f"{score['metric']} {score['value']:.4f}",
-            ]
-        )
-    return _numbers(*known_columns(header, rows, optional=("plan MB", "host MB", "GPU MB")))
-
-
-def _latencies(report: Mapping[str, Any]) -> str:
-    """The numbers behind the chart, and those it does not show."""
-    header = ["workload", "artifact", "first ms", "p50 ms", "p90 ms", "p99 ms", "mean ms", "std ms", "mJ", "runs"]
-    rows = []
-    for entry in _in_turn(report):
-        latency, energy = entry["latency"], entry.get("energy")
-        times = [latency.get("first"), *(latency[name] for name in ("p50", "p90", "p99", "mean", "std"))]
-        rows.append(
-            [
-                entry["workload"],
-                entry["artifact"],
-                *("" if time is None else f"{time:.3f}" for time in times),
-                "" if energy is None else f"{energy['mj_per_inference']:.1f}",
-                str(latency["runs"]),
-            ]
-        )
-    return _numbers(*known_columns(header, rows, optional=("first ms", "mJ")))
-
-
 def _numbers(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table; columns whose title ends with a unit are set as numbers."""
     number = ["number" if title.endswith(("ms", "MB", "mJ", "runs", "zeros")) else "" for title in header]
     return _table(header, [list(zip(row, number, strict=True)) for row in rows])
 
 
-def _receipts(receipts: Sequence[Mapping[str, Any]]) -> list[str]:
+def _receipts(receipts: Sequence[Receipt]) -> list[str]:
     """All of them, the first with zeros unfolded."""
-    first = next((each for each in receipts if any(layer["pattern"] != "dense" for layer in each["layers"])), None)
+    first = next((each for each in receipts if any(layer.pattern != "dense" for layer in each.layers)), None)
     return [_receipt(each, unfolded=each is first) for each in receipts]
 
 
-def _receipt(receipt: Mapping[str, Any], *, unfolded: bool) -> str:
-    head = ["weight", "runs as", "pattern", "density", "shape", "sparse kernel", "ms", "baseline ms", "share", "why"]
-    rows, kinds = [], []
-    for layer in receipt["layers"]:
-        time, before = layer["time_ms"], layer["baseline_ms"]
-        share = 0.0 if time is None else time / receipt["total_ms"]
-        has_zeros = layer["pattern"] != "dense"
-        kinds.append("sparse" if layer["sparse_kernel"] else "zeros" if has_zeros else "dense")
-        rows.append(
-            [
-                (layer["weight"], ""),
-                (layer["operator"] or "unknown", ""),
-                (layer["pattern"], ""),
-                (f"{layer['density']:.1%}", "number"),
-                (" x ".join(map(str, layer["shape"])), ""),
-                (_chosen(layer) if has_zeros else "", ""),
-                ("unknown" if time is None else f"{time:.3f}", "number"),
-                ("" if before is None else f"{before:.3f}", "number"),
-                (f"{share:.1%}", "share"),
-                (layer["why"], "why"),
-            ]
-        )
-    title = f"{receipt['artifact']} at {receipt['workload']}"
-    said = f"{receipt['layers_ms']:.2f} of {receipt['total_ms']:.2f} ms are in layers that can be told apart"
-    if receipt["limit"] is None:
+def _receipt(receipt: Receipt, *, unfolded: bool) -> str:
+    header, rows = layer_table(receipt)
+    styles = [_LAYER_STYLES.get(title, "") for title in header]
+    kinds = [
+        "sparse" if layer.sparse_kernel else "zeros" if layer.pattern != "dense" else "dense"
+        for layer in receipt.layers
+    ]
+    title = f"{receipt.artifact} at {receipt.workload}"
+    said = f"{receipt.layers_ms:.2f} of {receipt.total_ms:.2f} ms are in layers that can be told apart"
+    if receipt.limit is None:
         said += "; others are fused."
     else:
-        said += f": without them the model would be {receipt['limit']:.1f}× as fast, and no sparse kernel can do more."
-    table = _table(head, rows, kinds=kinds)
+        said += f": without them the model would be {receipt.limit:.1f}× as fast, and no sparse kernel can do more."
+    table = _table(header, [list(zip(row, styles, strict=True)) for row in rows], kinds=kinds)
     start = "<details open>" if unfolded else "<details>"
     return f'{start}<summary>{escape(title)}</summary><p class="soft">{escape(said)}</p>{table}</details>'
-
-
-def _chosen(layer: Mapping[str, Any]) -> str:
-    """Of reports of earlier versions, whether a sparse kernel ran."""
-    if layer["sparse_kernel"]:
-        return "chosen"
-    return {True: "eligible", False: "none", None: "not told"}[layer.get("eligible", False)]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[tuple[str, str]]], *, kinds: Sequence[str] = ()) -> str:

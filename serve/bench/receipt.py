@@ -7,7 +7,7 @@ a dense and of a sparse artifact stand side by side.
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from export.manifest import Manifest, WeightInfo
@@ -94,6 +94,21 @@ class Receipt:
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
         return {**asdict(self), "layers_ms": self.layers_ms, "limit": self.limit}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Receipt":
+        """The reverse of to_json; what earlier versions did not write has its default."""
+        known = {field.name for field in fields(Layer)}
+        layers = (
+            {name: each for name, each in layer.items() if name in known} | {"shape": tuple(layer["shape"])}
+            for layer in value["layers"]
+        )
+        return cls(
+            artifact=value["artifact"],
+            workload=value["workload"],
+            total_ms=value["total_ms"],
+            layers=tuple(Layer(**layer) for layer in layers),
+        )
 
 
 def receipts(

@@ -1,8 +1,8 @@
-"""A receipt for people: its layers by kind as a table, and what follows from it in sentences."""
+"""A receipt for people: its layers as tables, by kind and one by one, and what follows from it in sentences."""
 
 import itertools
 
-from serve.bench.receipt import Receipt, groups
+from serve.bench.receipt import Layer, Receipt, groups, size
 
 
 def receipt_table(receipt: Receipt) -> tuple[list[str], list[list[str]]]:
@@ -28,6 +28,33 @@ def receipt_table(receipt: Receipt) -> tuple[list[str], list[list[str]]]:
             ]
         )
     return header, rows
+
+
+def layer_table(receipt: Receipt) -> tuple[list[str], list[list[str]]]:
+    """Every layer."""
+    header = ["weight", "runs as", "pattern", "density", "shape", "sparse kernel", "ms", "baseline ms", "share", "why"]
+    rows = [
+        [
+            layer.weight,
+            layer.operator or "unknown",
+            layer.pattern,
+            f"{layer.density:.1%}",
+            size(layer.shape),
+            "" if layer.pattern == "dense" else _chosen(layer),
+            "unknown" if layer.time_ms is None else f"{layer.time_ms:.3f}",
+            "" if layer.baseline_ms is None else f"{layer.baseline_ms:.3f}",
+            f"{(layer.time_ms or 0.0) / receipt.total_ms:.1%}",
+            layer.why,
+        ]
+        for layer in receipt.layers
+    ]
+    return header, rows
+
+
+def _chosen(layer: Layer) -> str:
+    if layer.sparse_kernel:
+        return "chosen"
+    return {True: "eligible", False: "none", None: "not told"}[layer.eligible]
 
 
 def summary(receipt: Receipt) -> str:

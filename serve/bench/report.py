@@ -203,10 +203,10 @@ class Report:
 
     def to_markdown(self) -> str:
         """report.md: verdicts, two tables, the method and the machine."""
-        lines = ["# Latency report", ""]
+        content, lines = self.to_json(), ["# Latency report", ""]
         lines += [line for sentence in self.verdicts() for line in (sentence, "")]
-        lines += ["## Artifacts", "", *markdown_table(*artifact_table(self)), ""]
-        lines += ["## Latency", "", *markdown_table(*latency_table(self)), ""]
+        lines += ["## Artifacts", "", *markdown_table(*artifact_table(content)), ""]
+        lines += ["## Latency", "", *markdown_table(*latency_table(content)), ""]
         lines += [*(f"- {sentence}" for sentence in self.notes()), "", self.method, ""]
         for receipt in self.receipts:
             lines += [f"## Receipt of {receipt.artifact} at {receipt.workload}", "", summary(receipt), ""]
@@ -224,7 +224,8 @@ class Report:
         width = shutil.get_terminal_size((140, 24)).columns if terminal else 160
         console = Console(file=stream, width=width, force_terminal=terminal, highlight=False)
         last = self.receipts[-1:] if self.subjects[-1].pattern != "dense" else ()
-        for header, rows in (artifact_table(self), latency_table(self), *map(receipt_table, last)):
+        content = self.to_json()
+        for header, rows in (artifact_table(content), latency_table(content), *map(receipt_table, last)):
             table = Table()
             for index, title in enumerate(header):
                 table.add_column(title, justify="left" if index < 2 else "right")

@@ -28,7 +28,7 @@ from serve.bench.workload import (
 from serve.decoding import Decoding, empty_cache, open_cache
 from serve.describe import ModelFolder, describe, vocab_size
 from serve.engines import Engine, Shapes, available_cpus, cache_inputs, open_engine
-from serve.evaluate import evaluate
+from serve.evaluate import check_data, evaluate
 from serve.text import TextEncoder
 
 
@@ -75,7 +75,9 @@ def bench(
     # Recorded before the work below, so that the load average is not our own.
     machine = environment(command=command, threads=threads)
     folders = {name: _describe(path) for name, path in names.items()}
-    accuracy = _accuracy(names, data, engine=engine, threads=threads)
+    if data is not None:
+        for path in names.values():
+            _check_data(path, data)
     gpu = open_gpu()
     memory = MemoryWatch(gpu)
     with contextlib.ExitStack() as stack:
@@ -90,6 +92,8 @@ def bench(
         measurements, stopped = _measure(
             engines, workloads, memory, gpu, warmup=warmup, runs=runs, precision=precision, budget_s=budget_s
         )
+        # After the times, because it leaves its shapes' buffers and CUDA graphs behind.
+        accuracy = {} if data is None else {name: _accuracy(path, data, engines[name]) for name, path in names.items()}
         subjects = tuple(
             _subject(name, path, folders[name], engines[name], accuracy=accuracy.get(name), memory=memory.found(name))
             for name, path in names.items()
@@ -152,16 +156,15 @@ def _subject(
     )
 
 
-def _accuracy(names: Mapping[str, Path], data: DataSpec | None, *, engine: str, threads: int) -> dict[str, Accuracy]:
-    if data is None:
-        return {}
-    found = {}
-    for name, path in names.items():
-        if path.is_file():
-            raise ConfigError(f"{path} has no tokenizer beside it; give artifact folders together with --data.")
-        result = evaluate(path, data, engine=engine, threads=threads)
-        found[name] = Accuracy(metric=result.metric, value=result.value, rows=result.rows, source=result.source)
-    return found
+def _check_data(path: Path, data: DataSpec) -> None:
+    if path.is_file():
+        raise ConfigError(f"{path} has no tokenizer beside it; give artifact folders together with --data.")
+    check_data(path, data)
+
+
+def _accuracy(path: Path, data: DataSpec, engine: Engine) -> Accuracy:
+    result = evaluate(path, data, engine=engine)
+    return Accuracy(metric=result.metric, value=result.value, rows=result.rows, source=result.source)
 
 
 def _generate(engines: Mapping[str, Engine]) -> bool:

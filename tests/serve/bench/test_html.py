@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from pst.data import DataSpec
 from serve.bench.charts import Bar, Interval, bars, intervals
 from serve.bench.html import page
+from serve.bench.report_tables import artifact_table, latency_table
 from serve.bench.runner import bench
 
 BROWSER = next(
@@ -76,6 +78,34 @@ def test_the_page_has_what_the_report_has(report: Path) -> None:
     assert content["verdicts"][0].replace("'", "&#x27;") in text
     assert "http" not in text.replace('xmlns="http://www.w3.org/2000/svg"', "")
     assert "<script" not in text
+
+
+def test_the_page_shows_what_report_md_shows(report: Path) -> None:
+    """Its columns are some of the same, and their cells are those of the other table."""
+    content = json.loads((report / "report.json").read_text(encoding="utf-8"))
+    shorter = {"zeros": "sparsity", "MB": "size MB"}
+    for table in (artifact_table, latency_table):
+        (header, rows), (titles, cells) = table(content), table(content, page=True)
+        assert set(titles) < {*header, *shorter}
+        for row, shown in zip(rows, cells, strict=True):
+            whole = dict(zip(header, row, strict=True))
+            for title, cell in zip(titles, shown, strict=True):
+                assert whole[shorter.get(title, title)].startswith(cell)
+                assert escape(cell) in (report / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_report_of_an_earlier_version(report: Path) -> None:
+    """Without memory, energy, plans and first inferences."""
+    content = json.loads((report / "report.json").read_text(encoding="utf-8"))
+    for artifact in content["artifacts"]:
+        del artifact["memory"], artifact["plan_bytes"]
+    for entry in content["measurements"]:
+        del entry["energy"], entry["latency"]["first"]
+    del content["notes"]
+    text = page(content, machine=[])
+    assert "p50 ms" in text
+    for title in ("host MB", "plan MB", "mJ", "first ms"):
+        assert title not in text
 
 
 def test_names_are_text_and_not_markup(report: Path) -> None:

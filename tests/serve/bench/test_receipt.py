@@ -1,5 +1,6 @@
 """Receipts: of real sessions, of graphs that an optimizer changes, and of what cannot be told."""
 
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from export import manifest
 from export.manifest import WeightInfo
 from pst.errors import EngineError
 from serve.bench.receipt import Layer, Receipt, _layers, groups, receipts
-from serve.bench.receipt_text import receipt_table, summary
+from serve.bench.receipt_text import layer_table, receipt_table, summary
 from serve.bench.workload import random_workload
 from serve.engines import Array, LayerTime, Verdict, open_engine
 from serve.engines._onnxruntime_profile import OnnxRuntimeProfiler
@@ -72,6 +73,21 @@ def test_layers_of_a_kind_are_one_row(found: tuple[Receipt, ...]) -> None:
     text = summary(found[1])
     assert "ONNX Runtime has no sparse kernel" in text
     assert "What would use these zeros: a GPU's 2:4 kernels" in text
+
+
+def test_receipts_are_read_back(found: tuple[Receipt, ...]) -> None:
+    for receipt in found:
+        content = json.loads(json.dumps(receipt.to_json()))
+        assert Receipt.from_json(content) == receipt
+        for layer in content["layers"]:
+            for name in ("eligible", "kernel", "node", "fused", "fused_ms"):  # an earlier version wrote none of them
+                del layer[name]
+            layer["of_a_later_version"] = 1
+        old = Receipt.from_json(content)
+        assert old.limit == receipt.limit
+        assert [layer.weight for layer in old.layers] == [layer.weight for layer in receipt.layers]
+        header, rows = layer_table(old)
+        assert {row[header.index("sparse kernel")] for row in rows} == {"none" if receipt is found[1] else ""}
 
 
 def save(path: Path, nodes: list[Any], weights: Mapping[str, Array]) -> Path:

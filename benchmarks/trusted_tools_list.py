@@ -1,0 +1,224 @@
+"""The tools that benchmarks/trusted_tools.py asks: which there are for an engine, and what each one's time is of."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, median
+from typing import IO, Any, Protocol
+
+from benchmarks import trtexec
+from benchmarks.trusted_tools_worker import feeds_of
+from pst.errors import EngineError
+
+OURS = "pst bench"
+POLYGRAPHY = "polygraphy"
+INSTALL_POLYGRAPHY = "run: pip install polygraphy"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What everybody runs."""
+
+    artifact: Path
+    shape: tuple[int, int]
+    """Batch x tokens."""
+    engine: str
+    threads: int
+    folder: Path
+    """For files that the tools need."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """Milliseconds of a few inferences in a row."""
+
+    p50: float
+    mean: float
+    least: float
+
+
+class Tool(Protocol):
+    """Something that times."""
+
+    names: Mapping[str, str]
+    """Of its times, and what each is of."""
+
+    def alike(self, name: str) -> bool:
+        """Whether that is of the same as ours."""
+        ...
+
+    def measure(self, count: int) -> dict[str, Block]:
+        """*count* inferences, by name. Raises EngineError."""
+        ...
+
+
+class Worker:
+    """A process of benchmarks/trusted_tools_worker.py."""
+
+    def __init__(
+        self, name: str, way: str, settings: Mapping[str, Any], *, times: str, folder: Path, alike: bool = True
+    ) -> None:
+        """Returns once it has loaded the model. Raises EngineError, in its own last words."""
+        self.names: Mapping[str, str] = {name: times}
+        self._alike = alike
+        self._said = (folder / f"{name.replace(' ', '_')}.log").open("w+", encoding="utf-8")
+        command = [sys.executable, "-m", "benchmarks.trusted_tools_worker", way, json.dumps(settings)]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True
+        )
+        try:
+            self.told: dict[str, Any] = self._answer()
+        except EngineError:
+            self.close()
+            raise
+
+    def alike(self, name: str) -> bool:
+        """See Tool."""
+        return self._alike
+
+    def measure(self, count: int) -> dict[str, Block]:
+        """See Tool."""
+        _pipe(self._process.stdin).write(f"{count}\n")
+        _pipe(self._process.stdin).flush()
+        times = self._answer()
+        return {name: Block(p50=median(times), mean=fmean(times), least=min(times)) for name in self.names}
+
+    def _answer(self) -> Any:
+        line = _pipe(self._process.stdout).readline()
+        if not line:
+            self._process.wait()
+            self._said.seek(0)
+            last = [each for each in self._said.read().splitlines() if each.strip()]
+            raise EngineError(last[-1] if last else f"it ended with {self._process.returncode} and said nothing")
+        return json.loads(line)
+
+    def close(self) -> None:
+        """End it."""
+        _pipe(self._process.stdin).close()
+        self._process.wait()
+        _pipe(self._process.stdout).close()
+        self._said.close()
+
+
+def _pipe(stream: IO[str] | None) -> IO[str]:
+    assert stream is not None, "the process was started with pipes"
+    return stream
+
+
+class TrtExec:
+    """One trtexec for each round, since it does not stay open."""
+
+    def __init__(self, program: Path, job: Job, told: Mapping[str, Any]) -> None:
+        """*told*: of our TensorRT engine's worker."""
+        self.names: Mapping[str, str] = {
+            "trtexec latency": "events on the GPU: copies in, kernels, copies out; without what the host adds to that, "
+            "which our wall-clock time has: filling pinned memory, launching, waiting",
+            "trtexec wall": "wall-clock time of one inference after the other, copies included; ours also has numpy's "
+            "copies to and from pinned memory",
+            "trtexec compute": "kernels alone",
+        }
+        self._program, self._plan, self._profile = program, Path(told["plan"]), int(told["profile"])
+        feeds = feeds_of(job.artifact, job.shape)
+        self._feeds = {name: array.astype(told["types"][name]) for name, array in feeds.items()}
+        self._folder = job.folder
+
+    def alike(self, name: str) -> bool:
+        """See Tool."""
+        return name != "trtexec compute"
+
+    def measure(self, count: int) -> dict[str, Block]:
+        """See Tool."""
+        try:
+            said = trtexec.measure(
+                self._program, self._plan, self._feeds, profile=self._profile, runs=count, folder=self._folder
+            )
+        except (OSError, ValueError) as error:
+            raise EngineError(str(error)) from error
+        metrics = {"trtexec latency": "Latency", "trtexec wall": "wall", "trtexec compute": "GPU Compute Time"}
+        return {
+            name: Block(p50=said[metric]["median"], mean=said[metric]["mean"], least=said[metric]["min"])
+            for name, metric in metrics.items()
+        }
+
+
+def has_polygraphy() -> bool:
+    """Whether it is installed; whether it loads, shows in the process that wants it."""
+    return importlib.util.find_spec(POLYGRAPHY) is not None
+
+
+def missing(engine: str) -> dict[str, str]:
+    """What is not installed of what *engine* is compared with, and how to install it."""
+    absent = {} if has_polygraphy() else {POLYGRAPHY: INSTALL_POLYGRAPHY}
+    if engine == "tensorrt" and trtexec.find() is None:
+        absent[trtexec.NAME] = trtexec.INSTALL
+    return absent
+
+
+def tools(job: Job, stack: ExitStack, failed: dict[str, str]) -> Sequence[Tool]:
+    """Ours first, then all that are installed and start; *failed* gets the others' words. Raises EngineError of ours.
+
+    *stack* closes them.
+    """
+    settings: dict[str, Any] = {
+        "artifact": str(job.artifact), "model": str(job.artifact / "model.onnx"), "shape": job.shape,
+        "engine": job.engine, "threads": job.threads,
+    }  # fmt: skip
+    ours = Worker(OURS, "ours", settings, times="", folder=job.folder)
+    stack.callback(ours.close)
+    opened: list[Tool] = [ours]
+
+    def add(name: str, way: str, times: str, *, alike: bool = True, **more: Any) -> None:
+        try:
+            worker = Worker(name, way, settings | more, times=times, folder=job.folder, alike=alike)
+        except EngineError as error:
+            failed[name] = str(error)
+            return
+        stack.callback(worker.close)
+        opened.append(worker)
+
+    if job.engine == "tensorrt":
+        program = trtexec.find()
+        if program is not None:
+            opened.append(TrtExec(program, job, ours.told))
+        if has_polygraphy():
+            times = "wall-clock time with copies, but kernels launched one by one, where ours are a CUDA graph"
+            add("polygraphy --trt", "polygraphy_trt", times, alike=False, **ours.told)
+    elif job.engine == "onnxruntime-cuda":
+        model: dict[str, Any] = {"model": str(_fused(job))}
+        times = (
+            "the graph as our engine fuses it, arrays of the host, kernels launched one by one; ours are a CUDA graph"
+        )
+        add("perf_test", "perf_test", times, alike=False, stop_spinning=True, **model)
+        times = "the graph as our engine fuses it, as a CUDA graph, inputs and outputs left on the GPU; ours are copied"
+        add("perf_test -g", "perf_test", times, stop_spinning=True, bound=True, **model)
+        if has_polygraphy():
+            times = "the graph as our engine fuses it, arrays of the host, without a CUDA graph"
+            add("polygraphy --onnxrt", "polygraphy_onnxrt", times, alike=False, **model)
+    else:
+        add("perf_test -Z", "perf_test", "Session::Run of the same file with the same options", stop_spinning=True)
+        spin = "the same, but that threads spin between two runs, where ours stop"
+        add("perf_test", "perf_test", f"{spin}; this is its default")
+        if has_polygraphy():
+            add("polygraphy --onnxrt", "polygraphy_onnxrt", f"{spin}; one thread for each CPU that its process may use")
+    return opened
+
+
+def _fused(job: Job) -> Path:
+    """What our ONNX Runtime CUDA engine runs for texts without padding, as serve/engines/_onnxruntime_cuda.py says."""
+    from serve.engines._onnxruntime_cuda import fused
+
+    file = job.folder / "fused.onnx"
+    if file.is_file():
+        return file
+    model = fused(job.artifact / "model.onnx", unpadded=True)
+    if model is not None and model.reads_mask:
+        model = fused(job.artifact / "model.onnx", unpadded=False)
+    if model is None:
+        return job.artifact / "model.onnx"
+    file.write_bytes(model.content)
+    return file

@@ -1,0 +1,63 @@
+"""With --data an engine serves the accuracy and the times: TensorRT would build a plan each time that it is opened."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import serve.bench.runner
+import serve.classify
+import serve.generate
+from pst.data import DataSpec
+from pst.errors import DataError
+from serve.bench.runner import bench
+from serve.engines import open_engine
+from serve.evaluate import evaluate
+
+MODULES = (serve.bench.runner, serve.classify, serve.generate)
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each artifact was opened, whoever did it."""
+    counts: Counter[str] = Counter()
+
+    def count(path: Path, **options: Any) -> Any:
+        counts[path.name] += 1
+        return open_engine(path, **options)
+
+    for module in MODULES:
+        monkeypatch.setattr(module, "open_engine", count)
+    return counts
+
+
+def test_classifiers(
+    bert_artifact: Path, sparse_artifact: Path, reviews_file: Path, tmp_path: Path, opened: Counter[str]
+) -> None:
+    paths, data = [bert_artifact, sparse_artifact], DataSpec(data=str(reviews_file))
+    report = bench(paths, shapes=[(1, 8)], output=tmp_path / "r", threads=1, warmup=1, runs=1, precision=0, data=data)
+    assert opened == {"bert": 1, "bert-2of4": 1}
+    for path, subject in zip(paths, report.subjects, strict=True):
+        assert subject.accuracy is not None
+        assert subject.accuracy.value == evaluate(path, data, threads=1).value
+
+
+def test_an_engine_that_was_given_stays_open(bert_artifact: Path, reviews_file: Path, opened: Counter[str]) -> None:
+    data = DataSpec(data=str(reviews_file))
+    with open_engine(bert_artifact, threads=1) as engine:
+        first = evaluate(bert_artifact, data, engine=engine)
+        assert first.metrics == evaluate(bert_artifact, data, engine=engine).metrics
+        assert first.engine == engine.name
+    assert not opened
+
+
+def test_data_that_does_not_fit_is_found_before_anything_is_opened(
+    bert_artifact: Path, tmp_path: Path, opened: Counter[str]
+) -> None:
+    rows = tmp_path / "rows.csv"
+    rows.write_text("text,label\n" + "".join(f"good film,{label}\n" for label in range(5)), encoding="utf-8")
+    with pytest.raises(DataError):
+        bench([bert_artifact], shapes=[(1, 8)], output=tmp_path / "r", data=DataSpec(data=str(rows)))
+    assert not opened
+    assert not (tmp_path / "r").exists()
