@@ -1,6 +1,7 @@
 """``bench --tune``: open what there is to choose from, search, measure the finalists anew, choose, write tuned.json."""
 
 import contextlib
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,12 +55,14 @@ def tune(
     receipt: bool = True,
     command: str = "",
     overwrite: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Tuned:
     """Choose among *paths*, a dense model and sparse versions of it, in each engine of *engine* (names with commas).
 
     *shapes*: batch x sequence. *counts*: how often each comes; None for the geometric mean over all workloads.
     *runs*: most rounds of the search and least of the finalists; *precision* and *budget_s* as in
     serve.bench.runner.bench, *budget_s* for search and finalists together. *receipt*: profile what has zeros.
+    *clock*: seconds; what the engines' time is told by.
     Writes tuned.json to the folder *output*.
 
     Raises ConfigError where nothing can be chosen among (no dense model, several models), EngineError where no dense
@@ -82,9 +85,10 @@ def tune(
         by_name = {each.artifact: each.path for each in opened}
         folders = {name: describe_subject(path) for name, path in by_name.items()}
         workloads = workloads_of(shapes, by_name, folders, None, new_tokens=new_tokens)
-        searches = _search(opened, engines, workloads, warmup=warmup, runs=runs, budget_s=budget_s * SEARCH_SHARE)
+        rule = _Rule(warmup=warmup, runs=runs, precision=precision, clock=clock)
+        searches = _search(opened, engines, workloads, rule, budget_s=budget_s * SEARCH_SHARE)
         budget_s -= sum(each.seconds for each in searches)
-        finals = _measure(opened, engines, workloads, searches, _Rule(warmup, runs, precision, budget_s))
+        finals = _measure(opened, engines, workloads, searches, rule, budget_s=max(0.0, budget_s))
         told = reasons(opened, engines, workloads, profile=receipt)
     times = None
     if counts is not None:
@@ -109,12 +113,12 @@ def tune(
     return tuned
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Rule:
     warmup: int
     runs: int
     precision: float
-    budget_s: float
+    clock: Callable[[], float]
 
 
 def _reference(opened: Sequence[Candidate]) -> str:
@@ -129,9 +133,8 @@ def _search(
     opened: Sequence[Candidate],
     engines: Mapping[str, Engine],
     workloads: Sequence[Workload],
+    rule: _Rule,
     *,
-    warmup: int,
-    runs: int,
     budget_s: float,
 ) -> list[Search]:
     found = []
@@ -142,9 +145,10 @@ def _search(
                     {each.name: call_of(engines[each.name], workload) for each in opened},
                     dense=_dense(opened),
                     batch=workload.batch,
-                    warmup=warmup,
-                    runs=runs,
+                    warmup=rule.warmup,
+                    runs=rule.runs,
                     budget_s=budget_s / (len(workloads) - index),
+                    clock=rule.clock,
                 )
             )
             budget_s = max(0.0, budget_s - found[-1].seconds)
@@ -158,23 +162,24 @@ def _measure(
     workloads: Sequence[Workload],
     searches: Sequence[Search],
     rule: _Rule,
+    *,
+    budget_s: float,
 ) -> list[Final]:
-    dense, reference, finals, budget_s = _dense(opened), _reference(opened), [], rule.budget_s
+    dense, reference, finals = _dense(opened), _reference(opened), []
     everywhere = _promising(opened, searches)
     with progress("measure finalists", len(workloads)) as advance:
         for index, (workload, found) in enumerate(zip(workloads, searches, strict=True)):
             here = [found.fastest(dense), reference, found.fastest({each.name for each in opened} - dense)]
             names = list(dict.fromkeys(name for name in (*here, *everywhere) if name is not None))
-            stop = StopRule(
-                runs=rule.runs, precision=rule.precision, budget_s=max(0.0, budget_s) / (len(workloads) - index)
-            )
+            stop = StopRule(runs=rule.runs, precision=rule.precision, budget_s=budget_s / (len(workloads) - index))
             timing = measure_in_turn(
                 {name: call_of(engines[name], workload) for name in names},
                 batch=workload.batch,
                 warmup=rule.warmup,
                 rule=stop,
+                clock=rule.clock,
             )
-            budget_s -= timing.seconds
+            budget_s = max(0.0, budget_s - timing.seconds)
             stopped = stop.stopped(timing.samples, seconds=timing.seconds)
             finals.append(Final(latencies=timing.latencies, stopped=stopped))
             advance(1, workload.name)

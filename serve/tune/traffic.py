@@ -24,6 +24,8 @@ def read_traffic(file: Path) -> dict[Shape, float]:
             continue
         if len(cells) != len(HEADER):
             raise ConfigError(f"Line {number} of {file} has {len(cells)} cells; {_REMEDY}")
+        if "," in cells[0]:
+            raise ConfigError(f"Line {number} of {file}: {cells[0]!r} is not one shape; {_REMEDY}")
         (shape,) = parse_shapes(cells[0])
         try:
             count = float(cells[1])

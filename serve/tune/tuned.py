@@ -15,7 +15,7 @@ from pst.files import read_json, sha256, write_json
 from pst.progress import note
 from serve.bench.comparison import differences
 from serve.bench.environment import environment
-from serve.bench.timing import Latency, Speedup
+from serve.bench.timing import EQUAL_WITHIN, Latency, Speedup
 from serve.describe import describe
 from serve.engines import available_cpus
 from serve.tune.candidates import Candidate, LeftOut
@@ -26,10 +26,10 @@ TUNED_NAME = "tuned.json"
 OVERALL = "overall"
 METHOD = (
     "All candidates were timed in turn in one process, as pst bench does it; what was clearly slower than the fastest "
-    "so far dropped out. The fastest of the dense ones and of the others were then measured anew, and the choice rests on "
-    "these samples alone. What is not dense is chosen where the 95% interval of its ratio to every dense one measured "
-    "with it lies above 1.02, which counts as faster; over all workloads it must not be slower at any of them either. "
-    "Else dense is kept."
+    "so far dropped out. The fastest of the dense ones and of the others were then measured anew, and the choice rests "
+    "on these samples alone. What is not dense is chosen where it is faster than every dense one that was measured with "
+    f"it: the ratio's 95% interval lies above {1 + EQUAL_WITHIN:.2f}. Over all workloads it must not be slower at any of "
+    "them either. Else dense is kept."
 )
 _REMEDY = "give the tuned.json that pst bench --tune wrote, or the folder that holds it."
 
