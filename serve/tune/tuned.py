@@ -27,9 +27,9 @@ OVERALL = "overall"
 METHOD = (
     "All candidates were timed in turn in one process, as pst bench does it; what was clearly slower than the fastest "
     "so far dropped out. The fastest of the dense ones and of the others were then measured anew, and the choice rests "
-    "on these samples alone. What is not dense is chosen where it is faster than every dense one that was measured with "
-    f"it: the ratio's 95% interval lies above {1 + EQUAL_WITHIN:.2f}. Over all workloads it must not be slower at any of "
-    "them either. Else dense is kept."
+    "on these samples alone. What is not dense is chosen where it is faster than every dense one measured with it: the "
+    f"ratio's 95% interval lies above {1 + EQUAL_WITHIN:.2f}. Over all workloads it must not be slower at any of them "
+    "either. Else dense is kept."
 )
 _REMEDY = "give the tuned.json that pst bench --tune wrote, or the folder that holds it."
 

@@ -31,7 +31,7 @@ def why(
         return "the dense one that the choice beats"
     text = FINDINGS[speedup.finding]
     if not in_final and speedup.finding != "slower":
-        return f"{text.removesuffix(BUT)}; slower than the fastest in the search"
+        return f"{text.removesuffix(BUT)}; another looked faster in the search"
     if slower_at and speedup.finding != "slower":
         return f"slower than dense at {', '.join(slower_at)}; on the whole {text.removesuffix(BUT)}"
     return text
