@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from pst.command_line import DataOption, DataSets, EngineName, Output, Overwrite, Threads, as_json, data_spec, show
+from pst.errors import ConfigError
 
 app = typer.Typer()
 
@@ -65,7 +66,13 @@ def bench(
     ] = 0.01,
     budget: Annotated[float, typer.Option(min=0.1, help="Most seconds for all shapes together.")] = 120.0,
     threads: Threads = 0,
-    engine: EngineName = "auto",
+    engine: Annotated[
+        str,
+        typer.Option(
+            help="Runtime: auto, onnxruntime, onnxruntime-cuda, tensorrt, tensorrt-rtx, torch or torch-cuda; with "
+            "--tune several, separated by commas."
+        ),
+    ] = "auto",
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens that a language model writes after each prompt.")] = 32,
     spanned: Annotated[
         bool,
@@ -76,6 +83,13 @@ def bench(
     receipt: Annotated[
         bool, typer.Option("--receipt/--no-receipt", help="Also time each layer, and say why its zeros save nothing.")
     ] = True,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Choose the fastest artifact and engine, never slower than dense.")
+    ] = False,
+    traffic: Annotated[
+        Path | None,
+        typer.Option(help="With --tune: a .csv of SHAPE,COUNT lines in place of --shapes; total time then decides."),
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Measure latency, several artifacts in turn in one process: p50, p90, p99, mean, throughput, and the ratio.
@@ -85,9 +99,44 @@ def bench(
     the report says which, and how narrow it is.
     The receipt tells of every layer which kernel ran, for how long, and why it was not a sparse one.
     Of language models the prompt and the tokens after it are measured apart.
+
+    --tune takes a dense artifact and sparse versions of it, tries each in each engine, and drops early what is clearly
+    slower. It writes tuned.json: for each shape and for all of them what to run, what lost, and why. Where sparse does
+    not pay it keeps dense, and says so. pst serve takes the folder that holds tuned.json.
+    Example: pst bench artifacts/dense artifacts/sparse --tune --engine onnxruntime,torch-cpu --output reports/tuned
     """
     from serve.bench.runner import bench as run
     from serve.bench.workload import parse_shapes
+
+    if tune:
+        if data is not None or sets:
+            raise ConfigError("--tune measures no accuracy; leave --data out, and measure the choice with pst eval.")
+        from serve.tune.run import tune as tune_run
+        from serve.tune.traffic import read_traffic
+        from serve.tune.words import render
+
+        counts = None if traffic is None else read_traffic(traffic)
+        tuned = tune_run(
+            artifacts,
+            shapes=parse_shapes(shapes) if counts is None else list(counts),
+            output=output,
+            engine=engine,
+            counts=counts,
+            threads=threads,
+            warmup=warmup,
+            runs=runs,
+            precision=precision,
+            budget_s=budget,
+            new_tokens=new_tokens,
+            spanned=spanned,
+            receipt=receipt,
+            command=shlex.join(["pst", *sys.argv[1:]]),
+            overwrite=overwrite,
+        )
+        show(render(tuned))
+        return
+    if traffic is not None:
+        raise ConfigError("--traffic weighs the shapes of --tune; add --tune, or give --shapes.")
 
     report = run(
         artifacts,
@@ -176,7 +225,7 @@ def predict(
     epilog="Example: pst serve artifacts/reviews --port 8000",
 )
 def serve(
-    artifact: Annotated[Path, typer.Argument(help="Artifact folder.")],
+    artifact: Annotated[Path, typer.Argument(help="Artifact folder, or what pst bench --tune wrote.")],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
     threads: Threads = 0,
@@ -192,9 +241,12 @@ def serve(
 
     A language model is asked at /v1/generate: {"text": "...", "max_new_tokens": 64}, and with "stream": true answers
     token by token; "stop", "temperature", "top_p" and "seed" are there too.
+    The folder of a tuned.json names artifact, engine and threads itself.
     """
     from serve.http.server import serve as run
+    from serve.tune.tuned import serving
 
+    artifact, engine, threads = serving(artifact, engine=engine, threads=threads)
     run(
         artifact,
         host=host,

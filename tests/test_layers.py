@@ -131,7 +131,8 @@ class C:
 
 
 @pytest.mark.parametrize(
-    "module", ["cli", "serve", "serve.http", "serve.bench", "serve.engines", "export.manifest", PLANS, *LEAVES]
+    "module",
+    ["cli", "serve", "serve.http", "serve.bench", "serve.tune", "serve.engines", "export.manifest", PLANS, *LEAVES],
 )
 def test_importing_loads_nothing_heavy(module: str) -> None:
     if module == "cli" and not (ROOT / "cli.py").is_file():

@@ -109,7 +109,7 @@ def compare_reports(first: Path, second: Path) -> Comparison:
         first=str(first),
         second=str(second),
         rows=rows,
-        differences=tuple(_differences(one["environment"], other["environment"])),
+        differences=tuple(differences(one["environment"], other["environment"])),
         alone=tuple(alone),
     )
 
@@ -141,7 +141,8 @@ def _speedup(first: list[float], second: list[float]) -> Speedup:
     )
 
 
-def _differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """What changes numbers, and is not the same in two of serve.bench.environment: ``threads: 2, then 4``."""
     pairs = [(name, one.get(name), other.get(name)) for name in COMPARED]
     before, after = one.get("versions", {}), other.get("versions", {})
     pairs += [(name, before.get(name), after.get(name)) for name in sorted({*before, *after})]

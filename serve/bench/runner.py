@@ -74,7 +74,7 @@ def bench(
     names = unique_names(paths)
     # Recorded before the work below, so that the load average is not our own.
     machine = environment(command=command, threads=threads)
-    folders = {name: _describe(path) for name, path in names.items()}
+    folders = {name: describe_subject(path) for name, path in names.items()}
     if data is not None:
         for path in names.values():
             _check_data(path, data)
@@ -86,9 +86,9 @@ def bench(
         for name, path in names.items():
             with memory.of(name):
                 engines[name] = stack.enter_context(open_engine(path, engine=engine, threads=threads, shapes=planned))
-        new_tokens = new_tokens if _generate(engines) else 0
+        new_tokens = new_tokens if all_generate(engines) else 0
         check_shapes(shapes, {name: opened.max_length for name, opened in engines.items()}, new_tokens=new_tokens)
-        workloads = _workloads(shapes, names, folders, data, new_tokens=new_tokens)
+        workloads = workloads_of(shapes, names, folders, data, new_tokens=new_tokens)
         measurements, stopped = _measure(
             engines, workloads, memory, gpu, warmup=warmup, runs=runs, precision=precision, budget_s=budget_s
         )
@@ -98,7 +98,7 @@ def bench(
             _subject(name, path, folders[name], engines[name], accuracy=accuracy.get(name), memory=memory.found(name))
             for name, path in names.items()
         )
-        found = receipts(engines, _manifests(names), workloads) if receipt else ()
+        found = receipts(engines, manifests_of(names), workloads) if receipt else ()
     report = Report(
         environment=machine,
         subjects=subjects,
@@ -123,7 +123,7 @@ def unique_names(paths: Sequence[Path]) -> dict[str, Path]:
     return {"/".join(full.parts[-parts:]): path for full, path in zip(resolved, paths, strict=True)}
 
 
-def _describe(path: Path) -> ModelFolder | None:
+def describe_subject(path: Path) -> ModelFolder | None:
     """None for a bare .onnx file, of which nothing but its inputs is known."""
     if not path.exists():
         raise ArtifactError(f"{path} does not exist; give artifact folders that pst export wrote, or .onnx files.")
@@ -133,7 +133,7 @@ def _describe(path: Path) -> ModelFolder | None:
     return describe(path, verify=True)
 
 
-def _manifests(names: Mapping[str, Path]) -> dict[str, Manifest]:
+def manifests_of(names: Mapping[str, Path]) -> dict[str, Manifest]:
     """What export.json says, of the artifacts that have one."""
     return {name: manifest.load(path, verify=False) for name, path in names.items() if (path / FILE_NAME).is_file()}
 
@@ -167,7 +167,7 @@ def _accuracy(path: Path, data: DataSpec, engine: Engine) -> Accuracy:
     return Accuracy(metric=result.metric, value=result.value, rows=result.rows, source=result.source)
 
 
-def _generate(engines: Mapping[str, Engine]) -> bool:
+def all_generate(engines: Mapping[str, Engine]) -> bool:
     """Whether all of them are language models with a cache. Raises ConfigError where some are."""
     found = [bool(cache_inputs(engine.inputs)) for engine in engines.values()]
     if any(found) and not all(found):
@@ -178,7 +178,7 @@ def _generate(engines: Mapping[str, Engine]) -> bool:
     return any(found)
 
 
-def _workloads(
+def workloads_of(
     shapes: Sequence[Shape],
     names: Mapping[str, Path],
     folders: Mapping[str, ModelFolder | None],
@@ -219,7 +219,7 @@ def _measure(
         calls = {}
         for name, engine in engines.items():
             with memory.of(name):
-                calls[name] = _call(engine, workload)
+                calls[name] = call_of(engine, workload)
         rule = StopRule(runs=runs, precision=precision, budget_s=budget_s / (len(workloads) - index))
         with progress(f"measure {workload.name}", runs) as advance:
             timing = measure_in_turn(
@@ -261,7 +261,7 @@ def _limited(advance: Callable[[], None], runs: int) -> Callable[[], None]:
     return on_round
 
 
-def _call(engine: Engine, workload: Workload) -> Callable[[int], object]:
+def call_of(engine: Engine, workload: Workload) -> Callable[[int], object]:
     """Inputs are chosen before the clock starts, once per distinct input."""
     if workload.new_tokens:
         return _continue(engine, workload)

@@ -1,0 +1,194 @@
+"""tuned.json: what was chosen for each workload and for all of them, what lost and why, and on what machine.
+
+``serve`` takes such a file in place of an artifact, and runs the choice for all workloads.
+"""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from export.manifest import FILE_NAME
+from pst.errors import ArtifactError, ConfigError, RunError
+from pst.files import read_json, sha256, write_json
+from pst.progress import note
+from serve.bench.comparison import differences
+from serve.bench.environment import environment
+from serve.bench.timing import EQUAL_WITHIN, Latency, Speedup
+from serve.describe import describe
+from serve.engines import available_cpus
+from serve.tune.candidates import Candidate, LeftOut
+from serve.tune.overall import Mean
+
+SCHEMA_VERSION = 1
+TUNED_NAME = "tuned.json"
+OVERALL = "overall"
+METHOD = (
+    "All candidates were timed in turn in one process, as pst bench does it; what was clearly slower than the fastest "
+    "so far dropped out. The fastest of the dense ones and of the others were then measured anew, and the choice rests "
+    "on these samples alone. What is not dense is chosen where it is faster than every dense one measured with it: the "
+    f"ratio's 95% interval lies above {1 + EQUAL_WITHIN:.2f}. Over all workloads it must not be slower at any of them "
+    "either. Else dense is kept."
+)
+_REMEDY = "give the tuned.json that pst bench --tune wrote, or the folder that holds it."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One candidate at one workload, or over all of them."""
+
+    candidate: str
+    speedup: Speedup | None
+    """The kept dense candidate's time over this one's; None for that one itself."""
+    latency: Latency | None
+    """None over all workloads."""
+    measured: str
+    """final: with samples that chose nothing before; search: with those until it was out."""
+    why: str
+    """Why it was chosen, or was not; no full stop."""
+    zeros: str = ""
+    """Why its zeros saved no time; no full stop."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {
+            "candidate": self.candidate,
+            "speedup": None if self.speedup is None else self.speedup.to_json(),
+            "latency": None if self.latency is None else self.latency.to_json(),
+            "measured": self.measured,
+            "why": self.why,
+            "zeros": self.zeros,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What was chosen for one workload, or for all."""
+
+    workload: str
+    """Its name, or OVERALL."""
+    chosen: Candidate
+    dense: Candidate
+    """The fastest dense candidate, or the reference where none is clearly faster than that."""
+    rows: tuple[Row, ...]
+    batch: int | None = None
+    sequence: int | None = None
+    new_tokens: int = 0
+    count: float | None = None
+    """How often it comes, of traffic."""
+    note: str = ""
+    """How the final measurement ended."""
+
+    @property
+    def speedup(self) -> Speedup | None:
+        """The choice's ratio to dense; None where dense is kept."""
+        return next(row.speedup for row in self.rows if row.candidate == self.chosen.name)
+
+    def to_json(self, *, threads: int) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {
+            "workload": self.workload,
+            "batch": self.batch,
+            "sequence": self.sequence,
+            "new_tokens": self.new_tokens,
+            "count": self.count,
+            "chosen": self.chosen.name,
+            "dense": self.dense.name,
+            "keeps_dense": self.chosen.is_dense,
+            "artifact": str(self.chosen.path.resolve()),
+            "fingerprint": self.chosen.fingerprint,
+            "engine": self.chosen.engine,
+            "threads": threads,
+            "speedup": None if self.speedup is None else self.speedup.to_json(),
+            "command": serve_command(self.chosen, threads=threads),
+            "note": self.note,
+            "rows": [row.to_json() for row in self.rows],
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuned:
+    """Everything that tuning found."""
+
+    environment: dict[str, Any]
+    threads: int
+    spanned: bool
+    candidates: tuple[Candidate, ...]
+    left_out: tuple[LeftOut, ...]
+    by: Mean
+    """How the workloads count together."""
+    workloads: tuple[Decision, ...]
+    overall: Decision
+    advice: tuple[str, ...] = ()
+    """Sentences on what the choice may rest on besides zeros, and what to try."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of tuned.json."""
+        rows = [{**asdict(each), "path": str(each.path.resolve())} for each in self.candidates]
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "environment": self.environment,
+            "method": METHOD,
+            "spanned": self.spanned,
+            "candidates": rows,
+            "left_out": [asdict(each) for each in self.left_out],
+            "by": self.by,
+            "workloads": [each.to_json(threads=self.threads) for each in self.workloads],
+            OVERALL: self.overall.to_json(threads=self.threads),
+            "advice": list(self.advice),
+        }
+
+    def write(self, folder: Path) -> None:
+        """Write tuned.json into an existing folder."""
+        write_json(folder / TUNED_NAME, self.to_json())
+
+
+def serve_command(candidate: Candidate, *, threads: int) -> str:
+    """The command line that serves a candidate."""
+    words = ["pst", "serve", str(candidate.path), "--engine", candidate.engine, "--threads", str(threads)]
+    return shlex.join(words)
+
+
+def serving(path: Path, *, engine: str, threads: int) -> tuple[Path, str, int]:
+    """The artifact, engine and threads to serve; *path* is an artifact, or a tuned.json or the folder that holds one.
+
+    Of a tuned.json they are its choice for all workloads, and a note tells what differs from the machine it was made
+    on. Raises RunError for what is no tuned.json, ArtifactError where the artifact is gone or has changed since, and
+    ConfigError where *engine* or *threads* are given beside it.
+    """
+    file = path / TUNED_NAME if (path / TUNED_NAME).is_file() else path
+    if not file.is_file() or file.suffix != ".json":
+        return path, engine, threads
+    if engine != "auto" or threads:
+        raise ConfigError(f"{file} names the engine and its threads; leave --engine and --threads out, or tune again.")
+    tuned = read_json(file, RunError, _REMEDY)
+    version, choice = tuned.get("schema_version"), tuned.get(OVERALL)
+    if not isinstance(version, int) or not isinstance(choice, dict):
+        raise RunError(f"{file} is not the result of a tuning; {_REMEDY}")
+    if version > SCHEMA_VERSION:
+        raise RunError(f"{file} has schema version {version}, this program reads up to {SCHEMA_VERSION}; update it.")
+    try:
+        artifact, engine, threads = Path(choice["artifact"]), str(choice["engine"]), int(choice["threads"])
+        before, expected = dict(tuned["environment"]), str(choice["fingerprint"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{file} is not a whole tuned.json ({error!r}); run pst bench --tune again.") from error
+    if not artifact.exists() or fingerprint(artifact) != expected:
+        state = "has changed since" if artifact.exists() else "is not there any more"
+        raise ArtifactError(f"{artifact}, which {file} chose, {state}; run pst bench --tune again.")
+    now = environment(command="", threads=min(threads, available_cpus()))
+    for each in differences(before, now):
+        note(f"Tuned elsewhere: {each}. Run pst bench --tune here.")
+    note(f"{file} chose {choice['chosen']} ({artifact}).")
+    return artifact, engine, threads
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 of what changes whenever a model does: an artifact's export.json, or a model folder's weights."""
+    manifest = path / FILE_NAME
+    return sha256(manifest if manifest.is_file() else describe(path).file)
+
+
+def decisions(tuned: Tuned) -> Sequence[Decision]:
+    """Those for each workload, and last that for all."""
+    return (*tuned.workloads, tuned.overall) if len(tuned.workloads) > 1 else tuned.workloads
