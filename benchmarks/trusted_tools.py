@@ -142,7 +142,7 @@ def measure(artifact: str, job: Job, options: argparse.Namespace, failed: dict[s
             ratio=compare_samples(medians[OURS], medians[name]),
             samples={"ours": medians[OURS], "theirs": medians[name]},
         )
-        for name in medians if name != OURS
+        for name in sorted(medians) if name != OURS
     ]  # fmt: skip
 
 

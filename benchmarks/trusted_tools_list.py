@@ -163,8 +163,8 @@ def missing(engine: str) -> dict[str, str]:
 def tools(job: Job, stack: ExitStack, failed: dict[str, str], order: Random) -> list[Tool]:
     """Ours, and all that are installed and start; *failed* gets the others' words. Raises EngineError of ours.
 
-    They start in a drawn *order*, since whoever starts first tends to be slower; but nobody runs a plan before our
-    engine built it. *stack* closes them.
+    They start in a drawn *order*, lest the place in it counts; but nobody runs a plan before our engine built it.
+    *stack* closes them.
     """
     settings: dict[str, Any] = {
         "artifact": str(job.artifact), "model": str(job.artifact / "model.onnx"), "shape": job.shape,
