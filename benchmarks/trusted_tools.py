@@ -31,6 +31,7 @@ from typing import Any
 from benchmarks.reports import report_path, text_table
 from benchmarks.trusted_tools_list import OURS, Block, Job, Tool, has_polygraphy, missing, tools
 from export.manifest import Manifest
+from pst.errors import EngineError
 from pst.files import write_json
 from pst.revision import git_revision
 from serve.bench.environment import environment
@@ -113,15 +114,15 @@ def main(arguments: Sequence[str] | None = None) -> Path:
 
 
 def measure(artifact: str, job: Job, options: argparse.Namespace, failed: dict[str, str]) -> list[Row]:
-    """Rounds of all tools; *failed* gets the last words of those that did not start in every one."""
+    """Rounds of all tools; *failed* gets the last words of those that did not come through all of them."""
     blocks: dict[str, list[Block]] = {}
     known: dict[str, Tool] = {}
     rule = StopRule(runs=options.rounds, precision=0, budget_s=options.seconds)
     order, begin, rounds = random.Random(SEED), time.perf_counter(), 0
     while True:
         with ExitStack() as stack:
-            opened = tools(job, stack, failed)
-            for name, block in one_round(opened, order, options).items():
+            opened = tools(job, stack, failed, order)
+            for name, block in one_round(opened, order, options, failed).items():
                 blocks.setdefault(name, []).append(block)
         known |= {name: tool for tool in opened for name in tool.names}
         rounds += 1
@@ -141,20 +142,36 @@ def measure(artifact: str, job: Job, options: argparse.Namespace, failed: dict[s
             ratio=compare_samples(medians[OURS], medians[name]),
             samples={"ours": medians[OURS], "theirs": medians[name]},
         )
-        for name in medians if name != OURS
+        for name in sorted(medians) if name != OURS
     ]  # fmt: skip
 
 
-def one_round(opened: Sequence[Tool], order: random.Random, options: argparse.Namespace) -> dict[str, Block]:
-    """What all of *opened* say, asked --turns times."""
+def one_round(
+    opened: Sequence[Tool], order: random.Random, options: argparse.Namespace, failed: dict[str, str]
+) -> dict[str, Block]:
+    """What all of *opened* say, asked --turns times. Raises EngineError where ours fails; others are left out."""
     blocks: dict[str, list[Block]] = {}
+    left = list(opened)
     for _ in range(options.turns):
-        for tool in order.sample(opened, len(opened)):
-            for name, block in tool.measure(options.runs).items():
+        for tool in order.sample(left, len(left)):
+            try:
+                said = tool.measure(options.runs)
+            except EngineError as error:
+                if OURS in tool.names:
+                    raise
+                failed |= dict.fromkeys(tool.names, str(error))
+                left.remove(tool)
+                continue
+            for name, block in said.items():
                 blocks.setdefault(name, []).append(block)
     return {
-        name: Block(p50=median(x.p50 for x in each), mean=fmean(x.mean for x in each), least=min(x.least for x in each))
-        for name, each in ((tool_name, blocks[tool_name]) for tool in opened for tool_name in tool.names)
+        name: Block(
+            p50=median(block.p50 for block in blocks[name]),
+            mean=fmean(block.mean for block in blocks[name]),
+            least=min(block.least for block in blocks[name]),
+        )
+        for tool in left
+        for name in tool.names
     }
 
 

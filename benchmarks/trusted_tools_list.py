@@ -4,10 +4,11 @@ import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from random import Random
 from statistics import fmean, median
 from typing import IO, Any, Protocol
 
@@ -159,53 +160,83 @@ def missing(engine: str) -> dict[str, str]:
     return absent
 
 
-def tools(job: Job, stack: ExitStack, failed: dict[str, str]) -> Sequence[Tool]:
-    """Ours first, then all that are installed and start; *failed* gets the others' words. Raises EngineError of ours.
+def tools(job: Job, stack: ExitStack, failed: dict[str, str], order: Random) -> list[Tool]:
+    """Ours, and all that are installed and start; *failed* gets the others' words. Raises EngineError of ours.
 
+    They start in a drawn *order*, lest the place in it counts; but nobody runs a plan before our engine built it.
     *stack* closes them.
     """
     settings: dict[str, Any] = {
         "artifact": str(job.artifact), "model": str(job.artifact / "model.onnx"), "shape": job.shape,
         "engine": job.engine, "threads": job.threads,
     }  # fmt: skip
-    ours = Worker(OURS, "ours", settings, times="", folder=job.folder)
-    stack.callback(ours.close)
-    opened: list[Tool] = [ours]
-
-    def add(name: str, way: str, times: str, *, alike: bool = True, **more: Any) -> None:
-        try:
-            worker = Worker(name, way, settings | more, times=times, folder=job.folder, alike=alike)
-        except EngineError as error:
-            failed[name] = str(error)
-            return
-        stack.callback(worker.close)
-        opened.append(worker)
-
+    ours = _Way(name=OURS, way="ours", times="")
+    opened: list[Tool] = []
     if job.engine == "tensorrt":
+        worker = ours.start(settings, job.folder, stack)
+        opened.append(worker)
         program = trtexec.find()
         if program is not None:
-            opened.append(TrtExec(program, job, ours.told))
-        if has_polygraphy():
-            times = "wall-clock time with copies, but kernels launched one by one, where ours are a CUDA graph"
-            add("polygraphy --trt", "polygraphy_trt", times, alike=False, **ours.told)
+            opened.append(TrtExec(program, job, worker.told))
+        settings |= worker.told | {"engine": job.engine}
+    ways = [*([] if opened else [ours]), *_others(job)]
+    for each in order.sample(ways, len(ways)):
+        try:
+            opened.append(each.start(settings, job.folder, stack))
+        except EngineError as error:
+            if each is ours:
+                raise
+            failed[each.name] = str(error)
+    return opened
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Way:
+    """A worker that can be started."""
+
+    name: str
+    way: str
+    times: str
+    alike: bool = True
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+    def start(self, settings: Mapping[str, Any], folder: Path, stack: ExitStack) -> Worker:
+        """Closed by *stack*."""
+        worker = Worker(
+            self.name, self.way, {**settings, **self.more}, times=self.times, folder=folder, alike=self.alike
+        )
+        stack.callback(worker.close)
+        return worker
+
+
+def _others(job: Job) -> list[_Way]:
+    """What is compared with the engine of *job*, but for trtexec."""
+    perf, onnxrt, trt = "perf_test", "polygraphy_onnxrt", "polygraphy_trt"
+    if job.engine == "tensorrt":
+        times = "wall-clock time with copies, but kernels launched one by one, where ours are a CUDA graph"
+        found = [_Way(name="polygraphy --trt", way=trt, times=times, alike=False)]
     elif job.engine == "onnxruntime-cuda":
-        model: dict[str, Any] = {"model": str(_fused(job))}
-        times = (
+        model = {"model": str(_fused(job)), "stop_spinning": True}
+        host = (
             "the graph as our engine fuses it, arrays of the host, kernels launched one by one; ours are a CUDA graph"
         )
-        add("perf_test", "perf_test", times, alike=False, stop_spinning=True, **model)
-        times = "the graph as our engine fuses it, as a CUDA graph, inputs and outputs left on the GPU; ours are copied"
-        add("perf_test -g", "perf_test", times, stop_spinning=True, bound=True, **model)
-        if has_polygraphy():
-            times = "the graph as our engine fuses it, arrays of the host, without a CUDA graph"
-            add("polygraphy --onnxrt", "polygraphy_onnxrt", times, alike=False, **model)
+        bound = "the graph as our engine fuses it, as a CUDA graph, inputs and outputs left on the GPU; ours are copied"
+        found = [
+            _Way(name="perf_test", way=perf, times=host, alike=False, more=model),
+            _Way(name="perf_test -g", way=perf, times=bound, more=model | {"bound": True}),
+            _Way(name="polygraphy --onnxrt", way=onnxrt, times=host, alike=False, more=model),
+        ]
     else:
-        add("perf_test -Z", "perf_test", "Session::Run of the same file with the same options", stop_spinning=True)
+        same = "Session::Run of the same file with the same options"
         spin = "the same, but that threads spin between two runs, where ours stop"
-        add("perf_test", "perf_test", f"{spin}; this is its default")
-        if has_polygraphy():
-            add("polygraphy --onnxrt", "polygraphy_onnxrt", f"{spin}; one thread for each CPU that its process may use")
-    return opened
+        found = [
+            _Way(name="perf_test -Z", way=perf, times=same, more={"stop_spinning": True}),
+            _Way(name="perf_test", way=perf, times=f"{spin}; this is its default"),
+            _Way(
+                name="polygraphy --onnxrt", way=onnxrt, times=f"{spin}; a thread for each CPU that its process may use"
+            ),
+        ]
+    return [each for each in found if has_polygraphy() or not each.name.startswith(POLYGRAPHY)]
 
 
 def _fused(job: Job) -> Path:
