@@ -29,10 +29,11 @@ from serve.bench.timing import EQUAL_WITHIN, Latency, Speedup
 SCHEMA_VERSION = 2
 """2 added why each workload ended, first inferences, memory, energy and the size of plans; 1 can still be compared."""
 METHOD = (
-    "All artifacts were measured in turn in one process: each round times every artifact once, and with several "
-    "artifacts one inference of the same artifact that is not timed goes before. The time is wall-clock around one "
-    "inference, inputs and outputs in host memory, tokenization left out; the first inference at each shape and the "
-    "loading stand apart. Percentiles interpolate linearly between the closest ranks (numpy's default). "
+    "All artifacts were measured in turn in one process: each round times every artifact once, every second round "
+    "backwards, and with several artifacts one inference of the same artifact that is not timed goes before. The time "
+    "is wall-clock around one inference, inputs and outputs in host memory, tokenization left out; the first inference "
+    "at each shape and the loading stand apart. Percentiles interpolate linearly between the closest ranks (numpy's "
+    "default). "
     "The ratio is the baseline's time over the artifact's within a round, and the "
     "median of the rounds is given with its 95% interval from order statistics, widened where rounds that follow each "
     "other are alike; above 1 is faster than the baseline. A shape goes on until its intervals are narrow enough. "

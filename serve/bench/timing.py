@@ -1,10 +1,11 @@
 """Timing several engines in turn, and what may be said from it.
 
-One round times every engine once, A B C A B C ..., so that a change of the machine's speed hits all alike, and a ratio
-is taken within each round. With several engines, each timed inference follows one of the same engine that is not timed:
-caches and threads are then as warm as in a server that runs this model alone. Percentiles interpolate linearly between
-the closest ranks: the p-th of n sorted samples lies at rank p / 100 * (n - 1), counted from 0 (Hyndman and Fan's type
-7, numpy's default).
+One round times every engine once, so that a change of the machine's speed hits all alike, and a ratio is taken within
+each round. Every second round goes backwards, A B C, C B A, A B C ..., because the place in a round is no matter of the
+engine: in one order alone, two copies of one small model differ on a busy machine by which comes first. With several
+engines, each timed inference follows one of the same engine that is not timed: caches and threads are then as warm as
+in a server that runs this model alone. Percentiles interpolate linearly between the closest ranks: the p-th of n sorted
+samples lies at rank p / 100 * (n - 1), counted from 0 (Hyndman and Fan's type 7, numpy's default).
 """
 
 import itertools
@@ -129,10 +130,11 @@ def measure_in_turn(
     on_round: Callable[[], None] = lambda: None,
     around_warmup: Callable[[str], AbstractContextManager[object]] = nullcontext,
 ) -> Timing:
-    """Call every engine *warmup* times, then time rounds of one call each, in the mapping's order, as *rule* says.
+    """Call every engine *warmup* times, then time rounds of one call each, as *rule* says.
 
     Each value of *engines* is called with the number of the round: with several engines twice, and the second call is
-    timed. All engines get the same rounds. The warm-up of an engine runs within *around_warmup* of its name.
+    timed. All engines get the same rounds, in the mapping's order and backwards by turns. The warm-up of an engine runs
+    within *around_warmup* of its name.
     """
     first: dict[str, float] = {}
     for name, call in engines.items():
@@ -144,7 +146,7 @@ def measure_in_turn(
     samples: dict[str, list[float]] = {name: [] for name in engines}
     begin = clock()
     for index in itertools.count():
-        for name, call in engines.items():
+        for name, call in list(engines.items())[:: -1 if index % 2 else 1]:
             if len(engines) > 1:
                 call(index)
             start = clock()

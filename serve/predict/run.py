@@ -13,6 +13,7 @@ and of a structured pattern, what attention and activations save with fewer head
 on the low side.
 """
 
+import itertools
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -191,7 +192,7 @@ def _speedup(samples: Mapping[str, Sequence[float]], pairs: Sequence[_Pair], *, 
 
 
 def rounds(calls: Mapping[str, Call], rule: StopRule) -> tuple[dict[str, list[float]], float]:
-    """Rounds of one call each, in turn, until *rule* says so: milliseconds by name, and the seconds it took.
+    """Rounds of one call each, every second one backwards, until *rule* says so: milliseconds by name, and seconds.
 
     Each timed call follows one that is not, as in serve.bench.timing.measure_in_turn.
     """
@@ -200,10 +201,11 @@ def rounds(calls: Mapping[str, Call], rule: StopRule) -> tuple[dict[str, list[fl
             call()
     samples: dict[str, list[float]] = {name: [] for name in calls}
     begin = time.perf_counter()
-    while True:
-        for name, call in calls.items():
+    for index in itertools.count():
+        for name, call in list(calls.items())[:: -1 if index % 2 else 1]:
             call()
             samples[name].append(call())
         seconds = time.perf_counter() - begin
         if rule.reached(samples, seconds=seconds):
-            return samples, seconds
+            break
+    return samples, seconds

@@ -1,7 +1,7 @@
 """What there is to choose from: each artifact in each engine that opens it. Bad sets of artifacts are refused here."""
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ class Candidate:
     sparsity: float | None
     precision: str
     linear_form: str
-    """MatMul, Gemm or Conv, or several with commas; empty where it is not told."""
+    """Of the weights that all artifacts prune: MatMul, Gemm or Conv, or several; empty where it is not told."""
     accuracy: float | None
     """That pst export --data measured; None where it did not."""
 
@@ -89,18 +89,32 @@ def candidates(paths: Sequence[Path], *, engine: str) -> list[Candidate]:
         if _reads(each) not in kinds.values() and each != "auto":
             wanted = "model folders" if _reads(each) == "torch" else "artifacts that pst export wrote"
             raise ConfigError(f"The engine {each} reads {wanted}, and none was given; leave it out, or add one.")
+    manifests = {
+        name: manifest.load(folder.path, verify=False)
+        for name, folder in folders.items()
+        if (folder.path / FILE_NAME).is_file()
+    }
     found = []
     has_gpu = bool(gpus())
     for name, folder in folders.items():
         kind = kinds[name]
         own = AUTO[kind, has_gpu] if asked == ["auto"] else [each for each in asked if _reads(each) == kind]
-        made = manifest.load(folder.path, verify=False) if (folder.path / FILE_NAME).is_file() else None
+        made = manifests.get(name)
         mark = sha256(folder.path / FILE_NAME if made else folder.file)
         for each in own:
             if _is_dense(folder) and "sparse" in each.split("-"):
                 continue  # it refuses a model without zeros
-            found.append(_candidate(name, names[name], folder, made, engine=each, fingerprint=mark))
+            form = _form(made, manifests.values())
+            found.append(_candidate(name, names[name], folder, made, engine=each, fingerprint=mark, form=form))
     return found
+
+
+def _form(made: Manifest | None, manifests: Collection[Manifest]) -> str:
+    """Of the weights that all of *manifests* list: a dense one also lists those that others do not prune."""
+    if made is None:
+        return ""
+    shared = set.intersection(*({weight.name for weight in each.weights} for each in manifests))
+    return ", ".join(dict.fromkeys(each.form for each in made.weights if each.form and each.name in shared))
 
 
 def open_candidates(
@@ -176,9 +190,8 @@ def _reads(engine: str) -> str:
 
 
 def _candidate(
-    name: str, path: Path, folder: ModelFolder, made: Manifest | None, *, engine: str, fingerprint: str
+    name: str, path: Path, folder: ModelFolder, made: Manifest | None, *, engine: str, fingerprint: str, form: str
 ) -> Candidate:
-    forms = dict.fromkeys(weight.form for weight in made.weights if weight.form) if made else {}
     return Candidate(
         name=f"{name} on {engine}",
         artifact=name,
@@ -189,6 +202,6 @@ def _candidate(
         pattern=folder.pattern or ("dense" if _is_dense(folder) else "unknown"),
         sparsity=folder.sparsity,
         precision=made.precision if made else "fp32",
-        linear_form=", ".join(forms),
+        linear_form=form,
         accuracy=made.accuracy.artifact if made and made.accuracy else None,
     )

@@ -68,7 +68,8 @@ def test_engines_are_measured_in_turn() -> None:
     timing = measure_in_turn(engines, batch=2, warmup=2, rule=rounds_of(3), clock=clock)
     warmup = [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
     # Each timed inference follows one of the same engine that is not timed.
-    rounds = [[("a", index), ("a", index), ("b", index), ("b", index)] for index in range(3)]
+    # Every second round goes backwards.
+    rounds = [[(name, index)] * 2 for index, names in enumerate(("ab", "ba", "ab")) for name in names]
     assert clock.calls == [*warmup, *itertools.chain(*rounds)]
     assert timing.latencies["a"].samples == pytest.approx((1.0, 1.0, 1.0))
     assert timing.latencies["b"].samples == pytest.approx((3.0, 3.0, 3.0))
@@ -98,6 +99,21 @@ def test_the_first_inference_stands_apart() -> None:
     assert latency.first == pytest.approx(500)
     assert latency.samples == pytest.approx((20, 30))
     assert entered == ["a"]
+
+
+def test_the_place_in_a_round_cancels() -> None:
+    """Whoever comes second is a tenth faster, whoever it is; the two are alike."""
+    clock = FakeClock()
+
+    def call(index: int) -> None:
+        clock.calls.append(("", index))
+        clock.now += 0.010 if (len(clock.calls) - 1) % 4 < 2 else 0.009
+
+    timing = measure_in_turn({"a": call, "b": call}, batch=1, warmup=2, rule=rounds_of(100), clock=clock)
+    found = compare(timing.latencies["a"], timing.latencies["b"])
+    assert found.ratio == pytest.approx(1, abs=0.01)
+    assert found.low == pytest.approx(0.9)
+    assert found.high == pytest.approx(1 / 0.9)
 
 
 def test_one_engine_alone_needs_no_untimed_run_between() -> None:
