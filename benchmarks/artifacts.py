@@ -51,9 +51,12 @@ def run(
 
 
 def write(name: str, report: dict[str, Any], arguments: argparse.Namespace) -> Path:
-    """Write *report* to NAME_<device>_<yyyymm>.json in --output; the engine stands in it too, but for ONNX Runtime."""
+    """Write *report* to NAME_<device>_<yyyymm>.json in --output.
+
+    The engine stands in the name too, but for ONNX Runtime's on the CPU, and whether one plan spans all shapes.
+    """
     on_cpu = arguments.engine == "onnxruntime"
-    full = name if on_cpu else f"{name}_{arguments.engine}"
+    full = "_".join([name, *([] if on_cpu else [arguments.engine]), *(["spanned"] if arguments.spanned else [])])
     path: Path = arguments.output / report_path(full, report["environment"], device="cpu" if on_cpu else "auto").name
     write_json(path, report)
     return path
