@@ -95,7 +95,8 @@ class Worker:
             self._process.wait()
             self._said.seek(0)
             last = [each for each in self._said.read().splitlines() if each.strip()]
-            raise EngineError(last[-1] if last else f"it ended with {self._process.returncode} and said nothing")
+            said, code = last[-1] if last else "it said nothing", self._process.returncode
+            raise EngineError(f"{said} (signal {-code} ended it)" if code < 0 else said)
         return json.loads(line)
 
     def close(self) -> None:

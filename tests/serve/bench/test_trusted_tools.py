@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from argparse import Namespace
 from collections.abc import Mapping
@@ -151,6 +152,15 @@ def settings(artifact: Path, **more: Any) -> dict[str, Any]:
 def test_a_worker_that_cannot_start_says_why(bert_artifact: Path, tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="NoSuchFile"):
         Worker("x", "perf_test", settings(bert_artifact, model=str(tmp_path / "no.onnx")), times="", folder=tmp_path)
+
+
+def test_a_worker_that_is_killed_says_by_what(bert_artifact: Path, tmp_path: Path) -> None:
+    worker = Worker("x", "perf_test", settings(bert_artifact), times="", folder=tmp_path)
+    worker._process.send_signal(signal.SIGSEGV)
+    worker._process.wait()
+    with pytest.raises(EngineError, match=r"\(signal 11 ended it\)"):
+        worker._answer()
+    worker.close()
 
 
 def test_a_tool_that_fails_is_left_out(bert_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
