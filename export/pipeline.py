@@ -17,6 +17,7 @@ from export.cache import PAST, cache_names
 from export.cases import CALIBRATION_ROWS, calibration_rows
 from export.graph import find_weights
 from export.heads import check_task
+from export.large import copied
 from export.manifest import MODEL_NAME, Manifest, TensorInfo
 from export.parity import check_parity, open_session
 from export.passes import LINEAR_FORMS, OPERATORS, check_linear_form, run_passes
@@ -262,8 +263,7 @@ def _tolerance(precision: str, atol: float | None, rtol: float | None) -> tuple[
 
 def _session(model: Any) -> Any:
     """A session of a model that is not kept. Leaves *model* as it is."""
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
+    copy = copied(model)
     with tempfile.TemporaryDirectory() as folder:
         save_onnx(copy, Path(folder) / MODEL_NAME)
         return open_session(Path(folder) / MODEL_NAME)

@@ -20,9 +20,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
-import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from export.large import infer_values
 from pst.errors import ArtifactError, ConfigError, ModelError
 
 Array = np.ndarray[Any, Any]
@@ -99,9 +99,7 @@ class _Rewriter:
     ) -> None:
         self.sums_in_half = residual == "half"
         self.graph, self.half, self.outputs, self.halved = model.graph, half, outputs, halved
-        inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True).graph
-        values = (*inferred.input, *inferred.output, *inferred.value_info)
-        self.types = {value.name: value.type.tensor_type.elem_type for value in values}
+        self.types = {value.name: value.type.tensor_type.elem_type for value in infer_values(model)}
         self.initializers = {tensor.name: tensor for tensor in self.graph.initializer}
         self.types |= {name: tensor.data_type for name, tensor in self.initializers.items()}
         self.floats = {name for name, kind in self.types.items() if kind == TensorProto.FLOAT}

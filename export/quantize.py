@@ -31,6 +31,7 @@ from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, Q
 from onnxruntime.quantization.quant_utils import add_pre_process_metadata
 
 from export.graph import find_weights
+from export.large import copied
 from export.manifest import WeightInfo
 from export.passes.name_weights import rename
 from pst.errors import ArtifactError, ConfigError, ModelError
@@ -75,8 +76,7 @@ def quantize(model: Any, linears: Mapping[str, int], rows: Iterable[Mapping[str,
     for_cpu = activations == "uint8"
     with tempfile.TemporaryDirectory() as folder, _quiet():
         before, after = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
-        copy = onnx.ModelProto()
-        copy.CopyFrom(model)
+        copy = copied(model)
         add_pre_process_metadata(copy)  # its preparation, shape inference and fusions, would change names
         onnx.save(copy, before, save_as_external_data=True, location="float.data")
         quantize_static(

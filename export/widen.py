@@ -6,19 +6,18 @@ copy each operator computes in float32 and its result is rounded: what a GPU doe
 
 from typing import Any
 
-import onnx
 from onnx import TensorProto, helper
+
+from export.large import copied, infer_values
 
 _FREE = frozenset({"Cast", "Shape"})
 
 
 def widen(model: Any, half: int) -> Any:
     """A copy of *model* (onnx.ModelProto) whose inputs and outputs are float32 where they were *half*, an ONNX type."""
-    wide = onnx.ModelProto()
-    wide.CopyFrom(onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True))
+    wide = copied(model)
     graph = wide.graph
-    values = (*graph.input, *graph.output, *graph.value_info)
-    narrow = {value.name for value in values if value.type.tensor_type.elem_type == half}
+    narrow = {value.name for value in infer_values(model) if value.type.tensor_type.elem_type == half}
     narrow |= {tensor.name for tensor in graph.initializer if tensor.data_type == half}
     nodes: list[Any] = []
 

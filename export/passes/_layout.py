@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from export.large import infer_values
 from pst.errors import ModelError
 
 Array = np.ndarray[Any, Any]
@@ -23,7 +24,6 @@ ENTRYWISE = frozenset(
     {"Abs", "Add", "Cast", "Clip", "Div", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "Identity",
      "LeakyRelu", "Max", "Min", "Mul", "Neg", "Pow", "Reciprocal", "Relu", "Sigmoid", "Softplus", "Sqrt", "Sub", "Tanh"}
 )  # fmt: skip
-_SMALL = 1024  # entries; a constant above this is no shape, and shape inference need not see what it holds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,19 +221,9 @@ class Relayout(ABC):
 
 def infer_shapes(model: Any) -> dict[str, tuple[str | int, ...]]:
     """The shapes that are known; the names of symbolic dimensions are those of the inference."""
-    light = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
-    light.graph.name = model.graph.name
-    for field in ("node", "input", "output"):
-        getattr(light.graph, field).extend(getattr(model.graph, field))
-    for tensor in model.graph.initializer:  # the weights themselves would make a message above 2 GB
-        if int(np.prod(tensor.dims)) > _SMALL:
-            light.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
-        else:
-            light.graph.initializer.append(tensor)
-    inferred = onnx.shape_inference.infer_shapes(light, strict_mode=True, data_prop=True).graph
     return {
         value.name: tuple(dim.dim_param or int(dim.dim_value) for dim in value.type.tensor_type.shape.dim)
-        for value in (*inferred.input, *inferred.output, *inferred.value_info)
+        for value in infer_values(model)
     }
 
 

@@ -6,41 +6,37 @@ which every runtime infers again); so equal models give equal bytes, wherever th
 computes is untouched.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
 def run(model: Any, weights: Mapping[str, Any]) -> bool:
     """Strip *model* in place."""
-    before = model.ByteSize()
-    _clear(model)
-    _strip_graph(model.graph)
+    found = [_clear(model), _strip_graph(model.graph)]
     for function in model.functions:
-        _clear(function)
-        for node in function.node:
-            _strip_node(node)
-    return bool(model.ByteSize() != before)
+        found += [_clear(function), *(_strip_node(node) for node in function.node)]
+    return any(found)
 
 
-def _clear(message: Any) -> None:
-    fields = message.DESCRIPTOR.fields_by_name
-    for field in ("doc_string", "metadata_props"):
-        if field in fields:
-            message.ClearField(field)
+def _clear(message: Any, fields: Sequence[str] = ("doc_string", "metadata_props")) -> bool:
+    """Whether any of *fields* was there. The message's size would tell, too, but not above 2 GB."""
+    known = [field for field in fields if field in message.DESCRIPTOR.fields_by_name]
+    found = any(len(getattr(message, field)) for field in known)
+    for field in known:
+        message.ClearField(field)
+    return found
 
 
-def _strip_graph(graph: Any) -> None:
-    _clear(graph)
-    graph.ClearField("value_info")
-    for message in (*graph.input, *graph.output, *graph.initializer):
-        _clear(message)
-    for node in graph.node:
-        _strip_node(node)
+def _strip_graph(graph: Any) -> bool:
+    messages = (*graph.input, *graph.output, *graph.initializer)
+    found = [_clear(graph), _clear(graph, ("value_info",)), *map(_clear, messages), *map(_strip_node, graph.node)]
+    return any(found)
 
 
-def _strip_node(node: Any) -> None:
-    _clear(node)
+def _strip_node(node: Any) -> bool:
+    found = [_clear(node)]
     for attribute in node.attribute:
-        _clear(attribute)
-        for subgraph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-            _strip_graph(subgraph)
+        found.append(_clear(attribute))
+        subgraphs = (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs)
+        found += map(_strip_graph, subgraphs)
+    return any(found)
