@@ -80,6 +80,12 @@ def bench(
     ] = False,
     data: DataOption = None,
     sets: DataSets = None,
+    openings: Annotated[
+        int,
+        typer.Option(
+            min=1, help="How often all artifacts are opened: 6 or more also tell how sessions of one file differ."
+        ),
+    ] = 1,
     receipt: Annotated[
         bool, typer.Option("--receipt/--no-receipt", help="Also time each layer, and say why its zeros save nothing.")
     ] = True,
@@ -111,6 +117,10 @@ def bench(
     if tune:
         if data is not None or sets:
             raise ConfigError("--tune measures no accuracy; leave --data out, and measure the choice with pst eval.")
+        if openings != 1:
+            raise ConfigError(
+                "--tune opens everything once; leave --openings out, and check the choice with pst bench."
+            )
         from serve.tune.run import tune as tune_run
         from serve.tune.traffic import read_traffic
         from serve.tune.words import render
@@ -153,6 +163,7 @@ def bench(
         receipt=receipt,
         new_tokens=new_tokens,
         spanned=spanned,
+        openings=openings,
         overwrite=overwrite,
     )
     show(report.render())

@@ -27,7 +27,7 @@ FLAGS = {
     "--data --set --profile --compute-capability --atol --rtol --external-data --overwrite",
     "eval": "path --data --set --engine --batch-size --threads --predictions --json",
     "bench": "artifacts --output -o --shapes --runs --warmup --precision --budget --threads --engine --new-tokens "
-    "--spanned --data --set --receipt --no-receipt --tune --traffic --overwrite",
+    "--spanned --data --set --openings --receipt --no-receipt --tune --traffic --overwrite",
     "report": "first second --json",
     "inspect": "path --json",
     "serve": "artifact --host --port --threads --engine --max-batch-size --max-queue-delay-ms --max-queue-size",

@@ -37,6 +37,7 @@ METHOD = (
     "The ratio is the baseline's time over the artifact's within a round, and the "
     "median of the rounds is given with its 95% interval from order statistics, widened where rounds that follow each "
     "other are alike; above 1 is faster than the baseline. A shape goes on until its intervals are narrow enough. "
+    "Where all were opened several times, each opening's ratio is the median of its rounds', and counts as one round. "
     f"Ratios within {EQUAL_WITHIN:.0%} of 1 count as the same speed."
 )
 GENERATION = (

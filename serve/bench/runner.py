@@ -1,7 +1,8 @@
 """``bench``: open the artifacts, time them in turn over all workloads, measure accuracy, write the report."""
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from export import manifest
@@ -9,14 +10,13 @@ from export.manifest import FILE_NAME, Manifest
 from pst.data import DataSpec, load_whole
 from pst.errors import ArtifactError, ConfigError
 from pst.files import atomic_folder, refuse_existing, resolve_model
-from pst.progress import progress
 from serve.bench.environment import environment
-from serve.bench.gpu import Gpu, measure_energy, open_gpu
+from serve.bench.gpu import open_gpu
 from serve.bench.memory import Memory, MemoryWatch
+from serve.bench.openings import LEAST_OPENINGS, Opening, together, unwatched
 from serve.bench.receipt import receipts
-from serve.bench.report import Accuracy, Measurement, Report, Subject
-from serve.bench.stopping import PRECISION, Stopped, StopRule
-from serve.bench.timing import compare, measure_in_turn
+from serve.bench.report import Accuracy, Report, Subject
+from serve.bench.stopping import PRECISION
 from serve.bench.workload import (
     Shape,
     Workload,
@@ -25,7 +25,6 @@ from serve.bench.workload import (
     random_workload,
     text_workload,
 )
-from serve.decoding import Decoding, empty_cache, open_cache
 from serve.describe import ModelFolder, describe, vocab_size
 from serve.engines import Engine, Shapes, available_cpus, cache_inputs, open_engine
 from serve.evaluate import check_data, evaluate
@@ -48,6 +47,7 @@ def bench(
     receipt: bool = True,
     new_tokens: int = 32,
     spanned: bool = False,
+    openings: int = 1,
     overwrite: bool = False,
 ) -> Report:
     """Measure artifact folders, bare .onnx files or model folders against the first of them, the baseline.
@@ -59,6 +59,8 @@ def bench(
     *receipt*: also profile each layer at each shape, where the engine can (serve/bench/receipt.py).
     Of language models the prompt is timed, and *new_tokens* after it with the cache.
     *spanned*: TensorRT tunes one plan for the range of *shapes*, in place of each of them.
+    *openings*: with LEAST_OPENINGS or more, all artifacts are opened so often, *runs* and *budget_s* are shared by the
+    openings, *precision* does not count, and each opening is one round of the ratio's interval.
     Writes report.json, report.md and report.html to the folder *output*.
 
     Raises ConfigError, RunError where *output* is in the way, and what describe, open_engine and evaluate raise.
@@ -69,6 +71,8 @@ def bench(
         raise ConfigError("Give --warmup, --runs and --new-tokens 1 or more, and a time budget above 0 seconds.")
     if not 0 <= precision < 1:
         raise ConfigError(f"--precision {precision} is no share of a ratio; give for example 0.01, or 0 for none.")
+    if openings != 1 and openings < LEAST_OPENINGS:
+        raise ConfigError(f"--openings {openings} are too few for an interval; give {LEAST_OPENINGS} or more, or 1.")
     refuse_existing(output, overwrite=overwrite)
     threads = threads or available_cpus()
     names = unique_names(paths)
@@ -81,17 +85,32 @@ def bench(
     gpu = open_gpu()
     memory = MemoryWatch(gpu)
     with contextlib.ExitStack() as stack:
-        engines: dict[str, Engine] = {}
         planned = Shapes(fixed=tuple(shapes), others=data is not None, new_tokens=new_tokens, spanned=spanned)
-        for name, path in names.items():
-            with memory.of(name):
-                engines[name] = stack.enter_context(open_engine(path, engine=engine, threads=threads, shapes=planned))
-        new_tokens = new_tokens if all_generate(engines) else 0
-        check_shapes(shapes, {name: opened.max_length for name, opened in engines.items()}, new_tokens=new_tokens)
-        workloads = workloads_of(shapes, names, folders, data, new_tokens=new_tokens)
-        measurements, stopped = _measure(
-            engines, workloads, memory, gpu, warmup=warmup, runs=runs, precision=precision, budget_s=budget_s
-        )
+        taken: list[Opening] = []
+        for turn in range(openings):
+            stack.close()  # what was opened before
+            watch = memory.of if turn == 0 else unwatched
+            engines: dict[str, Engine] = {}
+            for name, path in names.items():
+                with watch(name):
+                    engines[name] = stack.enter_context(
+                        open_engine(path, engine=engine, threads=threads, shapes=planned)
+                    )
+            new_tokens = new_tokens if all_generate(engines) else 0
+            check_shapes(shapes, {name: opened.max_length for name, opened in engines.items()}, new_tokens=new_tokens)
+            workloads = workloads_of(shapes, names, folders, data, new_tokens=new_tokens)
+            one = Opening(
+                label="" if openings == 1 else f", opening {turn + 1} of {openings}",
+                warmup=warmup,
+                runs=math.ceil(runs / openings),
+                precision=precision if openings == 1 else 0.0,
+            )
+            one.measure(
+                engines, workloads, watch, gpu if turn == openings - 1 else None, budget_s=budget_s / (openings - turn)
+            )
+            budget_s = max(0.0, budget_s - one.seconds)
+            taken.append(one)
+        measurements, stopped = together(taken, workloads)
         # After the times, because it leaves its shapes' buffers and CUDA graphs behind.
         accuracy = {} if data is None else {name: _accuracy(path, data, engines[name]) for name, path in names.items()}
         subjects = tuple(
@@ -200,87 +219,3 @@ def workloads_of(
         examples = load_whole(data)
         workloads.append(text_workload(encoder, examples.first, examples.second))
     return workloads
-
-
-def _measure(
-    engines: Mapping[str, Engine],
-    workloads: Sequence[Workload],
-    memory: MemoryWatch,
-    gpu: Gpu | None,
-    *,
-    warmup: int,
-    runs: int,
-    precision: float,
-    budget_s: float,
-) -> tuple[tuple[Measurement, ...], dict[str, Stopped]]:
-    measurements: list[Measurement] = []
-    stopped: dict[str, Stopped] = {}
-    for index, workload in enumerate(workloads):
-        calls = {}
-        for name, engine in engines.items():
-            with memory.of(name):
-                calls[name] = call_of(engine, workload)
-        rule = StopRule(runs=runs, precision=precision, budget_s=budget_s / (len(workloads) - index))
-        with progress(f"measure {workload.name}", runs) as advance:
-            timing = measure_in_turn(
-                calls,
-                batch=workload.batch,
-                warmup=warmup,
-                rule=rule,
-                on_round=_limited(advance, runs),
-                around_warmup=memory.of,
-            )
-        stopped[workload.name] = rule.stopped(timing.samples, seconds=timing.seconds)
-        budget_s = max(0.0, budget_s - timing.seconds)
-        baseline = next(iter(timing.latencies.values()))
-        for place, (name, latency) in enumerate(timing.latencies.items()):
-            on_gpu = "cpu" not in engines[name].name
-            measurements.append(
-                Measurement(
-                    workload=workload.name,
-                    batch=workload.batch,
-                    sequence=workload.sequence,
-                    subject=name,
-                    latency=latency,
-                    speedup=compare(baseline, latency) if place else None,
-                    new_tokens=workload.new_tokens,
-                    energy=measure_energy(gpu, calls[name]) if gpu is not None and on_gpu else None,
-                )
-            )
-    return tuple(measurements), stopped
-
-
-def _limited(advance: Callable[[], None], runs: int) -> Callable[[], None]:
-    """Shows the first *runs* rounds; how many more there will be, nobody knows before."""
-    left = iter(range(runs))
-
-    def on_round() -> None:
-        if next(left, None) is not None:
-            advance()
-
-    return on_round
-
-
-def call_of(engine: Engine, workload: Workload) -> Callable[[int], object]:
-    """Inputs are chosen before the clock starts, once per distinct input."""
-    if workload.new_tokens:
-        return _continue(engine, workload)
-    feeds = [workload.feeds_of(index, engine.inputs) for index in range(len(workload.feeds))]
-    past = empty_cache(engine.inputs, workload.batch)
-    if past:  # the scores of what follows the prompt, with the cache left where it is
-        prompt = {name: array for name, array in feeds[0].items() if name not in past}
-        return lambda index: open_cache(engine, past).extend(prompt)
-    return lambda index: engine.infer(feeds[index % len(feeds)])
-
-
-def _continue(engine: Engine, workload: Workload) -> Callable[[int], object]:
-    """The likeliest tokens after a prompt that is read here, whether or not one of them ends a text."""
-    prompt = Decoding(engine, pad_id=0)
-    first = prompt.join(workload.feeds[0]["input_ids"].tolist()).argmax(axis=-1)
-
-    def call(index: int) -> None:
-        decoding, tokens = prompt.copy(), first
-        for _ in range(workload.new_tokens):
-            tokens = decoding.step(tokens).argmax(axis=-1)
-
-    return call

@@ -49,10 +49,13 @@ class Stopped:
     """The half width that was asked for, relative to the ratio; None where none was."""
     half_width: float | None
     """The widest of all ratios', likewise; None without a ratio, or with too few rounds for an interval."""
+    openings: int = 1
+    """How often all artifacts were opened; the rounds are those of all openings."""
 
     def sentence(self, workload: str) -> str:
         """For people: why it ended, and what would help where that is not because the interval is narrow."""
         after = f"{workload}: stopped after {self.rounds} rounds in {self.seconds:.1f} s"
+        after += "" if self.openings == 1 else f", in {self.openings} openings"
         reached = "" if self.half_width is None else f"every ratio is within {self.half_width:.2%} of what was measured"
         if self.asked is None or self.reason == "precision":
             return f"{after}, {reached or 'all that were asked for'}."

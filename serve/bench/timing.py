@@ -216,6 +216,7 @@ class Speedup:
     high: float | None
     """95% interval of that median, rounds being alike or not; None where there were too few rounds for one."""
     rounds: int
+    """Or openings, where artifacts were opened several times (compare_openings)."""
 
     @property
     def finding(self) -> Finding:
@@ -242,14 +243,19 @@ class Speedup:
         }
 
 
-def compare(baseline: Latency, candidate: Latency) -> Speedup:
-    """Ratios of the two, round by round. Both must come from one call of measure_in_turn."""
-    return compare_samples(baseline.samples, candidate.samples)
-
-
 def compare_samples(baseline: Sequence[float], candidate: Sequence[float]) -> Speedup:
-    """The same of their samples."""
+    """Ratios of the two, round by round. Both must come from one call of measure_in_turn."""
     ratios = [a / b for a, b in zip(baseline, candidate, strict=True)]
     interval = median_interval(ratios, widened=dependence(ratios))
     low, high = interval if interval is not None else (None, None)
     return Speedup(ratio=percentile(ratios, 50), low=low, high=high, rounds=len(ratios))
+
+
+def compare_openings(baseline: Sequence[Sequence[float]], candidate: Sequence[Sequence[float]]) -> Speedup:
+    """Ratios by opening: an opening's is the median of its rounds', and counts as one round.
+
+    So the interval is that of the openings: two sessions of one file differ for as long as they live, which more
+    rounds of the same two do not show.
+    """
+    ratios = [compare_samples(first, second).ratio for first, second in zip(baseline, candidate, strict=True)]
+    return compare_samples(ratios, [1.0] * len(ratios))

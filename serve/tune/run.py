@@ -10,7 +10,8 @@ from pst.errors import ConfigError
 from pst.files import atomic_folder, refuse_existing
 from pst.progress import progress
 from serve.bench.environment import environment
-from serve.bench.runner import all_generate, call_of, describe_subject, workloads_of
+from serve.bench.openings import call_of
+from serve.bench.runner import all_generate, describe_subject, workloads_of
 from serve.bench.stopping import PRECISION, Stopped, StopRule
 from serve.bench.timing import Latency, Speedup, measure_in_turn, percentile
 from serve.bench.workload import Shape, Workload, check_shapes

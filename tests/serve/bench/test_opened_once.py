@@ -1,16 +1,17 @@
-"""With --data an engine serves the accuracy and the times: TensorRT would build a plan each time that it is opened."""
+"""How often bench opens an engine: once, for the accuracy and the times, or as often as --openings says."""
 
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import serve.bench.runner
 import serve.classify
 import serve.generate
 from pst.data import DataSpec
-from pst.errors import DataError
+from pst.errors import ConfigError, DataError
 from serve.bench.runner import bench
 from serve.engines import open_engine
 from serve.evaluate import evaluate
@@ -61,3 +62,31 @@ def test_data_that_does_not_fit_is_found_before_anything_is_opened(
         bench([bert_artifact], shapes=[(1, 8)], output=tmp_path / "r", data=DataSpec(data=str(rows)))
     assert not opened
     assert not (tmp_path / "r").exists()
+
+
+def test_the_interval_of_several_openings_is_that_of_their_ratios(
+    bert_artifact: Path, sparse_artifact: Path, tmp_path: Path, opened: Counter[str]
+) -> None:
+    report = bench(
+        [bert_artifact, sparse_artifact], shapes=[(1, 8), (2, 8)], output=tmp_path / "r", threads=1, warmup=1, runs=20,
+        openings=6,
+    )  # fmt: skip
+    assert opened == {"bert": 6, "bert-2of4": 6}
+    for workload, stopped in report.stopped.items():
+        assert (stopped.openings, stopped.rounds, stopped.asked) == (6, 24, None)
+        assert ", in 6 openings, every ratio is within " in stopped.sentence(workload)
+        mine, theirs = (
+            np.asarray(entry.latency.samples).reshape(6, 4) for entry in report.measurements
+            if entry.workload == workload
+        )  # fmt: skip
+        ratios = np.median(mine / theirs, axis=1)
+        speedup = next(entry.speedup for entry in report.measurements if entry.workload == workload and entry.speedup)
+        assert (speedup.low, speedup.high) == pytest.approx((ratios.min(), ratios.max()))
+        assert speedup.ratio == pytest.approx(np.median(ratios))
+        assert speedup.rounds == 6
+
+
+def test_too_few_openings_are_refused(bert_artifact: Path, tmp_path: Path, opened: Counter[str]) -> None:
+    with pytest.raises(ConfigError, match="--openings 5 are too few for an interval; give 6 or more, or 1"):
+        bench([bert_artifact], shapes=[(1, 8)], output=tmp_path / "r", openings=5)
+    assert not opened

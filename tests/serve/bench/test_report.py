@@ -16,7 +16,7 @@ from serve.bench.memory import Memory
 from serve.bench.report import Measurement, Report, Subject, verdict
 from serve.bench.runner import bench, unique_names
 from serve.bench.stopping import LEAST_ROUNDS
-from serve.bench.timing import Latency, compare
+from serve.bench.timing import Latency, compare_samples
 
 ZEROS = "ONNX Runtime's CPU kernels multiply zeros like any other number"
 SPARSE = Subject(
@@ -30,7 +30,7 @@ def measured(ratio: float, *, workload: str = "1x32", noise: float = 0.005, roun
     base = 10 * np.exp(noise * random.standard_normal(rounds))
     other = 10 / ratio * np.exp(noise * random.standard_normal(rounds))
     latency = Latency(samples=tuple(other.tolist()), batch=1, warmup=1)
-    speedup = compare(Latency(samples=tuple(base.tolist()), batch=1, warmup=1), latency)
+    speedup = compare_samples(base.tolist(), latency.samples)
     return Measurement(workload=workload, batch=1, sequence=32, subject="sparse", latency=latency, speedup=speedup)
 
 

@@ -12,7 +12,8 @@ from serve.bench.stopping import MINIMUM_ROUNDS, StopRule
 from serve.bench.timing import (
     Latency,
     Speedup,
-    compare,
+    compare_openings,
+    compare_samples,
     dependence,
     measure_in_turn,
     median_interval,
@@ -110,7 +111,7 @@ def test_the_place_in_a_round_cancels() -> None:
         clock.now += 0.010 if (len(clock.calls) - 1) % 4 < 2 else 0.009
 
     timing = measure_in_turn({"a": call, "b": call}, batch=1, warmup=2, rule=rounds_of(100), clock=clock)
-    found = compare(timing.latencies["a"], timing.latencies["b"])
+    found = compare_samples(timing.samples["a"], timing.samples["b"])
     assert found.ratio == pytest.approx(1, abs=0.01)
     assert found.low == pytest.approx(0.9)
     assert found.high == pytest.approx(1 / 0.9)
@@ -186,10 +187,7 @@ def speedup_of(ratio: float, *, noise: float = 0.0, rounds: int = 100, drift: fl
     machine = 10 * np.exp(drift * np.linspace(0, 1, rounds))
     base = machine * np.exp(noise * random.standard_normal(rounds))
     other = machine / ratio * np.exp(noise * random.standard_normal(rounds))
-    return compare(
-        Latency(samples=tuple(base.tolist()), batch=1, warmup=1),
-        Latency(samples=tuple(other.tolist()), batch=1, warmup=1),
-    )
+    return compare_samples(base.tolist(), other.tolist())
 
 
 @pytest.mark.parametrize(
@@ -222,4 +220,23 @@ def test_five_rounds_give_no_interval() -> None:
 
 def test_compare_wants_the_same_rounds() -> None:
     with pytest.raises(ValueError, match="longer"):
-        compare(Latency(samples=(1.0,), batch=1, warmup=1), Latency(samples=(1.0, 2.0), batch=1, warmup=1))
+        compare_samples([1.0], [1.0, 2.0])
+
+
+def test_openings_show_how_sessions_differ() -> None:
+    """Two sessions of one file: each is off by some percent for as long as it lives, beside the noise of a round."""
+    random = np.random.default_rng(0)
+    covered = {"rounds": 0, "openings": 0}
+    for _ in range(200):
+        off = np.exp(random.normal(0, 0.03, (2, 8, 1)))
+        first, second = off * np.exp(random.normal(0, 0.01, (2, 8, 20)))
+        for name, found in (
+            ("rounds", compare_samples(first.ravel().tolist(), second.ravel().tolist())),
+            ("openings", compare_openings(first.tolist(), second.tolist())),
+        ):
+            assert found.low is not None
+            assert found.high is not None
+            covered[name] += found.low <= 1 <= found.high
+        assert compare_openings(first.tolist(), second.tolist()).rounds == 8
+    assert covered["openings"] >= 0.93 * 200
+    assert covered["rounds"] < covered["openings"]
