@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pst.errors import ConfigError
-from serve.bench import runner
+from serve.bench import openings
 from serve.bench.report import Report
 from serve.bench.runner import bench
 from serve.bench.workload import check_shapes, generation_workloads
@@ -80,7 +80,7 @@ def test_the_tokens_that_are_timed_are_the_generators(
             read.append(tokens.tolist())
             return super().step(tokens)
 
-    monkeypatch.setattr(runner, "Decoding", Recorded)
+    monkeypatch.setattr(openings, "Decoding", Recorded)
     artifact = exported("gpt2")[1]
     bench([artifact], shapes=[(batch, 8)], output=tmp_path / "r", threads=1, warmup=1, runs=2, new_tokens=NEW)
     prompt, _ = generation_workloads((batch, 8), vocab_size=35, new_tokens=NEW)

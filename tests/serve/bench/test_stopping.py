@@ -90,7 +90,7 @@ def test_each_reason() -> None:
     more = {name: values + values[:11] for name, values in quiet.items()}
     assert rule.reached(more, seconds=0.2)
     assert rule.stopped(more, seconds=0.2).to_json() == {
-        "reason": "precision", "rounds": 111, "seconds": 0.2, "asked": 0.01, "half_width": 0.0,
+        "reason": "precision", "rounds": 111, "seconds": 0.2, "asked": 0.01, "half_width": 0.0, "openings": 1,
     }  # fmt: skip
     rule = StopRule(runs=5, precision=0.01, budget_s=10)
     assert rule.reached(quiet, seconds=11)
