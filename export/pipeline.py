@@ -296,7 +296,10 @@ def save_onnx(model: Any, path: Path, *, external_data: bool = False) -> None:
     values = (part for sparse in model.graph.sparse_initializer for part in (sparse.values, sparse.indices))
     size = sum(len(tensor.raw_data) for tensor in (*model.graph.initializer, *values))
     if external_data or size > _PROTOBUF_LIMIT:
-        onnx.save(model, path, save_as_external_data=True, location=f"{path.name}.data", size_threshold=1024)
+        data = path.with_name(f"{path.name}.data")
+        onnx.save(model, path, save_as_external_data=True, location=data.name, size_threshold=1024)
+        if data.is_file():  # of small tensors alone there is none
+            data.chmod(path.stat().st_mode)  # onnx leaves it to its owner alone
     else:
         path.write_bytes(model.SerializeToString(deterministic=True))
 

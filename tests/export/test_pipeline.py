@@ -172,6 +172,7 @@ def test_large_models_keep_their_weights_beside_them(tmp_path: Path, monkeypatch
     assert [path.name for path in tmp_path.iterdir()] == ["at.onnx"]
     pipeline.save_onnx(matmul_model(np.ones((32, 33), np.float32)), tmp_path / "over.onnx")
     assert (tmp_path / "over.onnx.data").stat().st_size >= 32 * 33 * 4
+    assert (tmp_path / "over.onnx.data").stat().st_mode == (tmp_path / "over.onnx").stat().st_mode
     assert onnx.numpy_helper.to_array(onnx.load(tmp_path / "over.onnx").graph.initializer[0]).all()
 
 
