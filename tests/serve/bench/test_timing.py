@@ -226,12 +226,12 @@ def test_compare_wants_the_same_rounds() -> None:
 def test_openings_show_how_sessions_differ() -> None:
     """Two sessions of one file: each is off by some percent for as long as it lives, beside the noise of a round."""
     random = np.random.default_rng(0)
-    covered = {"rounds": 0, "openings": 0}
+    covered = {"one opening": 0, "openings": 0}
     for _ in range(200):
         off = np.exp(random.normal(0, 0.03, (2, 8, 1)))
         first, second = off * np.exp(random.normal(0, 0.01, (2, 8, 20)))
         for name, found in (
-            ("rounds", compare_samples(first.ravel().tolist(), second.ravel().tolist())),
+            ("one opening", compare_samples(first[0].tolist(), second[0].tolist())),
             ("openings", compare_openings(first.tolist(), second.tolist())),
         ):
             assert found.low is not None
@@ -239,4 +239,4 @@ def test_openings_show_how_sessions_differ() -> None:
             covered[name] += found.low <= 1 <= found.high
         assert compare_openings(first.tolist(), second.tolist()).rounds == 8
     assert covered["openings"] >= 0.93 * 200
-    assert covered["rounds"] < covered["openings"]
+    assert covered["one opening"] <= 0.25 * 200, "else there was nothing to mend"
