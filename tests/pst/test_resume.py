@@ -124,7 +124,7 @@ def test_signal_handlers_are_given_back(
         ({"seed": 1}, r"seed was 0, now 1"),
         ({"pattern": "2:4"}, r"pattern was 'unstructured', now '2:4'"),
         ({"method": "dense"}, r"method was 'pst', now 'dense'"),
-        ({"steps": 13, "lr": 1e-3}, r"steps was 12, now 13, lr was 0\.0005, now 0\.001"),
+        ({"steps": 13, "lr": 1e-3}, r"steps was 12, now 13, lr was 0\.0001, now 0\.001"),
         ({"max_length": 20}, r"max_length was 64, now 20"),
     ],
 )
