@@ -195,7 +195,7 @@ class TrainConfig:
             said = json.loads((Path(self.model) / "config.json").read_text(encoding="utf-8")).get("architectures")
         except (OSError, ValueError, AttributeError):  # a hub id, or what loading will complain about
             return False
-        return any("ForSequenceClassification" in str(name) for name in said or [])
+        return names_classifier(said)
 
     def parsed_pattern(self) -> Pattern:
         """The pattern with its options. Raises PatternError for an unknown one."""
@@ -256,6 +256,11 @@ class TrainConfig:
             warmup=warmup,
             cooldown=cooldown,
         )
+
+
+def names_classifier(architectures: Any) -> bool:
+    """Whether ``architectures`` of a config.json names a model with a head for classification or regression."""
+    return any("ForSequenceClassification" in str(name) for name in architectures or [])
 
 
 COMMON = {

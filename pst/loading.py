@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from pst.config import names_classifier
 from pst.data import Examples, align_labels
 from pst.errors import ModelError
 from pst.quiet import quiet_transformers
@@ -93,8 +94,7 @@ def load_classifier(
     A head that *source* brings is kept, and the labels must fit it; otherwise a new head is drawn from torch's
     generator. Raises DataError where labels do not fit, ModelError where the weights cannot be read.
     """
-    has_head = any("ForSequenceClassification" in name for name in getattr(config, "architectures", None) or [])
-    if has_head:
+    if names_classifier(getattr(config, "architectures", None)):
         task = "regression" if config.num_labels == 1 else "classification"
         known = {"label2id": config.label2id, "num_labels": config.num_labels, "task": task, "where": source}
         train, validation = align_labels(train, **known), align_labels(validation, **known)

@@ -69,8 +69,8 @@ class Opening:
             self.stopped.append(rule.stopped(timing.samples, seconds=timing.seconds))
             budget_s = max(0.0, budget_s - timing.seconds)
             self.timings.append(timing)
-            measured = {name for name, engine in engines.items() if gpu is not None and "cpu" not in engine.name}
-            self.energy.append({name: measure_energy(gpu, calls[name]) for name in measured if gpu is not None})
+            on_gpu = [] if gpu is None else [name for name, engine in engines.items() if "cpu" not in engine.name]
+            self.energy.append({name: measure_energy(gpu, calls[name]) for name in on_gpu if gpu is not None})
 
 
 def together(

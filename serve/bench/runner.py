@@ -96,9 +96,11 @@ def bench(
                     engines[name] = stack.enter_context(
                         open_engine(path, engine=engine, threads=threads, shapes=planned)
                     )
-            new_tokens = new_tokens if all_generate(engines) else 0
-            check_shapes(shapes, {name: opened.max_length for name, opened in engines.items()}, new_tokens=new_tokens)
-            workloads = workloads_of(shapes, names, folders, data, new_tokens=new_tokens)
+            if not taken:
+                new_tokens = new_tokens if all_generate(engines) else 0
+                lengths = {name: opened.max_length for name, opened in engines.items()}
+                check_shapes(shapes, lengths, new_tokens=new_tokens)
+                workloads = workloads_of(shapes, names, folders, data, new_tokens=new_tokens)
             one = Opening(
                 label="" if openings == 1 else f", opening {turn + 1} of {openings}",
                 warmup=warmup,

@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from export import manifest
 from export.manifest import FILE_NAME, Manifest
 from pst.errors import ConfigError, EngineError, ModelError
 from pst.files import read_json, sha256
 from pst.progress import note
 from serve.bench.gpu import gpus
-from serve.bench.runner import describe_subject, unique_names
-from serve.describe import ModelFolder
+from serve.bench.runner import describe_subject, manifests_of, unique_names
+from serve.describe import ModelFolder, describe
 from serve.engines import Engine, Shapes, engine_names, open_engine
 
 AUTO = {
@@ -89,24 +88,26 @@ def candidates(paths: Sequence[Path], *, engine: str) -> list[Candidate]:
         if _reads(each) not in kinds.values() and each != "auto":
             wanted = "model folders" if _reads(each) == "torch" else "artifacts that pst export wrote"
             raise ConfigError(f"The engine {each} reads {wanted}, and none was given; leave it out, or add one.")
-    manifests = {
-        name: manifest.load(folder.path, verify=False)
-        for name, folder in folders.items()
-        if (folder.path / FILE_NAME).is_file()
-    }
+    manifests = manifests_of({name: folder.path for name, folder in folders.items()})
     found = []
     has_gpu = bool(gpus())
     for name, folder in folders.items():
         kind = kinds[name]
         own = AUTO[kind, has_gpu] if asked == ["auto"] else [each for each in asked if _reads(each) == kind]
         made = manifests.get(name)
-        mark = sha256(folder.path / FILE_NAME if made else folder.file)
+        mark = fingerprint(folder.path)
         for each in own:
             if _is_dense(folder) and "sparse" in each.split("-"):
                 continue  # it refuses a model without zeros
             form = _form(made, manifests.values())
             found.append(_candidate(name, names[name], folder, made, engine=each, fingerprint=mark, form=form))
     return found
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 of what changes whenever a model does: an artifact's export.json, or a model folder's weights."""
+    exported = path / FILE_NAME
+    return sha256(exported if exported.is_file() else describe(path).file)
 
 
 def _form(made: Manifest | None, manifests: Collection[Manifest]) -> str:

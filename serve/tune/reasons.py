@@ -3,10 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from export import manifest
-from export.manifest import FILE_NAME
 from serve.bench.receipt import Receipt, receipts
 from serve.bench.report import ZEROS
+from serve.bench.runner import manifests_of
 from serve.bench.workload import Workload
 from serve.engines import Engine
 from serve.tune.candidates import Candidate
@@ -34,11 +33,10 @@ def reasons(
         if candidate.has_zeros and candidate.name in engines:
             for workload in workloads:
                 told[candidate.name, workload.name] = _without_receipt(candidate, engines[candidate.name])
-    names = [each for each in found if each.name in engines and (each.path / FILE_NAME).is_file() and each.has_zeros]
-    for engine in dict.fromkeys(each.engine for each in names) if profile else ():
-        group = {each.name: each.path for each in names if each.engine == engine}
-        manifests = {name: manifest.load(path, verify=False) for name, path in group.items()}
-        for receipt in receipts({name: engines[name] for name in group}, manifests, workloads):
+    sparse = [each for each in found if each.name in engines and each.has_zeros]
+    for engine in dict.fromkeys(each.engine for each in sparse) if profile else ():
+        manifests = manifests_of({each.name: each.path for each in sparse if each.engine == engine})
+        for receipt in receipts({name: engines[name] for name in manifests}, manifests, workloads):
             told[receipt.artifact, receipt.workload] = _of_receipt(receipt)
     return told
 

@@ -9,16 +9,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from export.manifest import FILE_NAME
 from pst.errors import ArtifactError, ConfigError, RunError
-from pst.files import read_json, sha256, write_json
+from pst.files import read_json, write_json
 from pst.progress import note
 from serve.bench.comparison import differences
 from serve.bench.environment import environment
 from serve.bench.timing import EQUAL_WITHIN, Latency, Speedup
-from serve.describe import describe
 from serve.engines import available_cpus
-from serve.tune.candidates import Candidate, LeftOut
+from serve.tune.candidates import Candidate, LeftOut, fingerprint
 from serve.tune.overall import Mean
 
 SCHEMA_VERSION = 1
@@ -181,12 +179,6 @@ def serving(path: Path, *, engine: str, threads: int) -> tuple[Path, str, int]:
         note(f"Tuned elsewhere: {each}. Run pst bench --tune here.")
     note(f"{file} chose {choice['chosen']} ({artifact}).")
     return artifact, engine, threads
-
-
-def fingerprint(path: Path) -> str:
-    """SHA-256 of what changes whenever a model does: an artifact's export.json, or a model folder's weights."""
-    manifest = path / FILE_NAME
-    return sha256(manifest if manifest.is_file() else describe(path).file)
 
 
 def decisions(tuned: Tuned) -> Sequence[Decision]:
