@@ -28,7 +28,7 @@ PASSES = (
 LINEAR_FORMS = {
     "auto": (),
     "matmul": ("gemm_to_matmul",),
-    "gemm": ("gemm_to_matmul", "matmul_to_gemm"),
+    "gemm": ("gemm_to_matmul", "matmul_to_gemm", "plain_shapes"),
     "conv": ("gemm_to_matmul", "matmul_to_conv"),
 }
 """Passes that bring linear layers into a form, by its name; auto leaves them as torch.onnx writes them.

@@ -19,16 +19,19 @@ _END = np.iinfo(np.int32).max
 def run(model: Any, weights: Mapping[str, Any]) -> bool:
     """Rewrite *model* in place."""
     graph, changed, nodes = model.graph, False, []
-    constants: dict[int, str] = {}
+    constants = {tensor.name for tensor in graph.initializer}
     wholes: dict[str, str] = {}
 
     def constant(value: int) -> str:
-        if value not in constants:
-            constants[value] = f"shape_from_{value}"
-            graph.initializer.append(numpy_helper.from_array(np.array([value], dtype=np.int64), constants[value]))
-        return constants[value]
+        name = f"shape_from_{value}"
+        if name not in constants:  # an earlier run may have left it
+            constants.add(name)
+            graph.initializer.append(numpy_helper.from_array(np.array([value], dtype=np.int64), name))
+        return name
 
     for node in graph.node:
+        if node.op_type == "Shape" and not node.attribute:
+            wholes.setdefault(node.input[0], node.output[0])
         given = {entry.name: entry.i for entry in node.attribute} if node.op_type == "Shape" else {}
         if not given:
             nodes.append(node)

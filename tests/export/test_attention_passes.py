@@ -92,6 +92,18 @@ def test_a_part_of_a_shape(attributes: dict[str, int]) -> None:
     assert not plain_shapes.run(model, {})
 
 
+def test_parts_that_a_later_pass_asks_for() -> None:
+    model, x = shape_of(start=1), {"x": np.zeros((2, 5, 7), np.float32)}
+    plain_shapes.run(model, {})
+    model.graph.node.append(helper.make_node("Shape", ["x"], ["z"], start=1, end=2))
+    model.graph.output.append(helper.make_tensor_value_info("z", TensorProto.INT64, [1]))
+    assert plain_shapes.run(model, {})
+    assert len({tensor.name for tensor in model.graph.initializer}) == len(model.graph.initializer) == 4
+    y, z = answers(model, x)
+    assert (y.tolist(), z.tolist()) == ([5, 7], [5])
+    assert [node.op_type for node in model.graph.node] == ["Shape", "Slice", "Slice"]
+
+
 def test_a_whole_shape_stays() -> None:
     assert not plain_shapes.run(shape_of(), {})
 
