@@ -74,7 +74,7 @@ def measured(
         threads=arguments.threads,
         warmup=warmup,
         runs=arguments.runs,
-        command=_command(name, arguments),
+        command=command(name, arguments),
         engine=arguments.engine,
         budget_s=arguments.seconds,
         spanned=arguments.spanned,
@@ -88,7 +88,7 @@ def measured(
     return report | {"git_revision": git_revision()}
 
 
-def _command(name: str, arguments: argparse.Namespace) -> str:
+def command(name: str, arguments: argparse.Namespace) -> str:
     """What repeats the measurement; where its files were kept does not belong to it."""
     flags: list[str] = []
     for key, value in sorted(vars(arguments).items()):

@@ -24,8 +24,8 @@ from pst.result import sparsity_of
 from pst.sparsify import merge_, set_sparsity_, sparsify_
 from serve.sample import model_folder
 
-SIZES = {"base": (12, 768), "mini": (6, 384)}
-"""Layers and width; heads are 64 wide, and neurons four times as many as the width."""
+SIZES = {"base": (12, 768), "mini": (6, 384), "wide": (2, 4096)}
+"""Layers and width; heads are 64 wide, and neurons four times as many as the width. Wide is where 2:4 may pay."""
 
 
 def main() -> None:
