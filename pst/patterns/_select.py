@@ -105,7 +105,7 @@ def _segments(scores: Sequence[Tensor]) -> "Segments":
     return _segments_of(tuple(each.numel() for each in scores), scores[0].device)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=32)
 def _segments_of(lengths: tuple[int, ...], device: torch.device) -> "Segments":
     from pst.kernels.selection import Segments
 
