@@ -153,7 +153,8 @@ class _Running:
 
 def _run_all(options: argparse.Namespace, folders: dict[str, Path]) -> None:
     """Every comparison, in processes that end with this one. The others go on when one fails."""
-    from pst.train import InterruptedRun, stop_signals
+    from pst.signals import stop_signals
+    from pst.train import InterruptedRun
 
     waiting = list(_arguments(options, folders).items())
     slots = min(options.datasets_at_once, len(waiting))

@@ -4,8 +4,8 @@ dense                full fine-tuning
 dense-recorded       the same, each step started as one CUDA graph (pst/graphs.py)
 query                the query weights train, everything else is frozen
 literal-PATTERN      the published PST as its equations stand (benchmarks/literal_pst.py)
-pst-PATTERN          sparsify_ with PST's defaults, masks chosen anew by set_sparsity_ at every step, and, on a GPU, the
-                     rest of the step recorded as one CUDA graph, as ``pst train`` does
+pst-PATTERN          sparsify_ with PST's defaults, masks chosen anew by set_sparsity_ at every step and checked at the
+                     next, and, on a GPU, the rest of the step recorded as one CUDA graph, as ``pst train`` does
 unrecorded-PATTERN   the same without the graph
 """
 
@@ -24,6 +24,7 @@ from benchmarks.literal_pst import replace_linears_
 from pst.graphs import RecordedSteps
 from pst.methods.pst import PST
 from pst.patterns import parse_pattern
+from pst.pending import Delayed
 from pst.sparsify import set_sparsity_, sparsify_
 
 KINDS = ("dense", "dense-recorded", "query", "literal", "unrecorded", "pst")
@@ -107,7 +108,7 @@ def start(base: nn.Module, spec: RowSpec, batches: list[dict[str, Tensor]], devi
     """A copy of *base* on *device* with what *spec* trains, and its optimizer."""
     torch.manual_seed(1)
     model = copy.deepcopy(base)
-    groups, before = _trained(model, spec)
+    groups, before = _trained(model, spec, device)
     model.to(device).train()
     if groups is None:
         groups = PST().param_groups(model)
@@ -134,12 +135,15 @@ def start(base: nn.Module, spec: RowSpec, batches: list[dict[str, Tensor]], devi
     return Training(step=step, trainable_parameters=sum(parameter.numel() for parameter in trainable))
 
 
-def _trained(model: nn.Module, spec: RowSpec) -> tuple[list[dict[str, Any]] | None, Callable[[nn.Module], None]]:
+def _trained(
+    model: nn.Module, spec: RowSpec, device: torch.device
+) -> tuple[list[dict[str, Any]] | None, Callable[[nn.Module], None]]:
     """Optimizer groups, None for the method's own, and what happens before each forward pass."""
     if spec.kind in ("pst", "unrecorded"):
         assert spec.pattern is not None
         sparsify_(model, method=PST(), pattern=spec.pattern)
-        return None, lambda sparse: set_sparsity_(sparse, spec.sparsity)
+        looks = Delayed(device)
+        return None, lambda sparse: looks.add(set_sparsity_(sparse, spec.sparsity, wait=False).check)
     if spec.kind == "literal":
         assert spec.pattern is not None
         made = replace_linears_(model, rank=LITERAL_RANK, pattern=spec.pattern, sparsity=spec.sparsity)

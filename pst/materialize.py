@@ -23,6 +23,7 @@ from pst import kernels
 from pst.graphs import MOST
 from pst.kernels.matrices import Matrices, kind, serves, together
 from pst.masked_weight import FusedMaskedWeight, MaskedLowRank, MaskedWeight
+from pst.pending import moved
 from pst.recompute import recomputed_activations
 
 Attached = MaskedWeight | FusedMaskedWeight
@@ -85,8 +86,9 @@ class Together:
         """Where *pieces* lie, (pieces,) int64 on their device."""
         found = torch.tensor([piece.data_ptr() for piece in pieces], dtype=torch.int64)
         if self.matrices.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            found = next(self._rows).copy_(found)  # pinned and kept: a graph reads it again at every replay
-        return found.to(self.matrices.device, non_blocking=True)
+            kept: Tensor = next(self._rows).copy_(found)  # pinned: a graph reads it again at every replay
+            return kept.to(self.matrices.device, non_blocking=True)
+        return moved(found, self.matrices.device)
 
     def versions(self) -> int:
         """Changes with every change in place of what the masked weights are made of."""

@@ -10,10 +10,10 @@ merge_(model)                              # plain modules again, zeros in place
 Of pattern structured the masks are those of whole heads and neurons (pst/structured), which merge_ removes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +29,9 @@ from pst.methods.pst import PST
 from pst.models import Architecture, architecture
 from pst.patterns import Pattern, SharingPattern, check_sparsity, parse_pattern, sharing
 from pst.patterns.structured import Structured
+from pst.pending import Pending
 from pst.plan import GLOBAL_PLAN, Plan, Target
-from pst.structured.choose import PATTERN, choose_units_, kept_units
+from pst.structured.choose import PATTERN, Budget, choose_units_, kept_units
 from pst.structured.remove import remove_units_
 from pst.structured.units import find_units
 
@@ -165,8 +166,40 @@ def _check_fixed(weights: list[PrunableWeight], masked: list[list[MaskedWeight]]
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class MaskCheck:
+    """Whether the scores that masks were chosen from are finite, which a GPU may have yet to say."""
+
+    model: nn.Module
+    modules: Sequence[nn.Module] = ()
+    """What the weights belong to."""
+    flags: Pending | None = None
+    """Of each of *modules*: not 0 where the scores are not finite. None: all were found finite."""
+
+    def check(self) -> None:
+        """Raise the ModelError of set_sparsity_, with the name of the weight; waits for the GPU until it is known."""
+        bad = self.flags.get() if self.flags is not None else [0] * len(self.modules)
+        for module, flag in zip(self.modules, bad, strict=True):
+            if flag:
+                raise _not_finite(self.model, module)
+
+
+@overload
+def set_sparsity_(
+    model: nn.Module, sparsity: float, *, budget: Budget | None = None, wait: Literal[True] = True
+) -> None: ...
+
+
+@overload
+def set_sparsity_(
+    model: nn.Module, sparsity: float, *, budget: Budget | None = None, wait: Literal[False]
+) -> MaskCheck: ...
+
+
 @torch.no_grad()
-def set_sparsity_(model: nn.Module, sparsity: float, *, budget: Literal["local", "global"] | None = None) -> None:
+def set_sparsity_(
+    model: nn.Module, sparsity: float, *, budget: Budget | None = None, wait: bool = True
+) -> MaskCheck | None:
     """Choose every mask of *model* anew from the present scores, with *sparsity* of its entries False.
 
     budget: "local" gives each matrix its own exact count: see the pattern. "global" gives all matrices together that
@@ -174,9 +207,18 @@ def set_sparsity_(model: nn.Module, sparsity: float, *, budget: Literal["local",
     method prefers, local for a pattern that knows no other. Fixed masks stay. Under a plan *sparsity* is what no weight
     goes beyond: each stops at its own final one, and budgets are local.
 
-    Raises ModelError where the model has no mask or its scores are not finite, PatternError where the sparsity is
-    outside the pattern's range or the pattern cannot share a budget.
+    wait: False is for training on a GPU. Where masks are chosen there by pst/kernels (a local budget, any pattern but
+    structured), this returns before they are; ``check()`` of what it returns says later what else is raised here, and
+    until then the masks may mean nothing. Elsewhere it makes no difference.
+
+    Raises ModelError where the model has no mask or its scores are not finite, whose masks are as they were then;
+    PatternError where the sparsity is outside the pattern's range or the pattern cannot share a budget.
     """
+    check = _choose_(model, sparsity, budget=budget, wait=wait)
+    return None if wait else check
+
+
+def _choose_(model: nn.Module, sparsity: float, *, budget: Budget | None, wait: bool) -> MaskCheck:
     check_sparsity(sparsity)
     kind: str | None = getattr(model, _SPARSIFIED, None)
     if kind is None:
@@ -187,12 +229,13 @@ def set_sparsity_(model: nn.Module, sparsity: float, *, budget: Literal["local",
         for part, piece in attached.matrices(cast(Any, module).parametrizations.weight.original)
         if not part.fixed
     ]
+    check = MaskCheck(model=model)
     if not found:
-        return
+        return check
     pattern = _pattern(found[0][1])
     if isinstance(pattern, Structured):
         choose_units_(model, pattern, sparsity, budget=budget)
-        return
+        return check
     if kind == "mixed" and budget == "global":
         raise PatternError(GLOBAL_PLAN)
     if budget is None:
@@ -216,12 +259,13 @@ def set_sparsity_(model: nn.Module, sparsity: float, *, budget: Literal["local",
         requested = [(count + 0.5) / size for count, size in zip(counts, sizes, strict=True)]
         achieved = [count / size for count, size in zip(counts, sizes, strict=True)]  # the half keeps int(size s) exact
     if kernels.usable(found[0][2].device):
-        _choose_together_(model, found, requested)
+        check = _choose_together_(model, found, requested, wait=wait)
     else:
         for (module, part, piece), wanted in zip(found, requested, strict=True):
             with _naming(model, module):
                 part.update_mask_(piece, _pattern(part), wanted)
     _note_(found, achieved)
+    return check
 
 
 _Found = list[tuple[nn.Module, MaskedWeight, Tensor]]
@@ -232,7 +276,7 @@ def _pattern(part: MaskedWeight) -> Pattern:
     return part.pattern
 
 
-def _choose_together_(model: nn.Module, found: _Found, sparsities: list[float]) -> None:
+def _choose_together_(model: nn.Module, found: _Found, sparsities: list[float], *, wait: bool) -> MaskCheck:
     """All masks at once, from all scores at once: as ``update_mask_`` of each, in a few launches on a GPU."""
     ready = scores_together(model)
     every = [ready[part] if part in ready else part.scores(piece) for _, part, piece in found]
@@ -240,19 +284,27 @@ def _choose_together_(model: nn.Module, found: _Found, sparsities: list[float]) 
     for place, (_, part, _) in enumerate(found):
         alike.setdefault(_pattern(part).spec, []).append(place)
     masks: list[Tensor] = [torch.empty(0)] * len(found)
+    modules, flags = list[nn.Module](), list[Tensor]()
     try:
         for places in alike.values():
             pattern = _pattern(found[places[0]][1])
-            made = patterns.masks(pattern, [every[i] for i in places], [sparsities[i] for i in places])
+            made, bad = patterns.masks(pattern, [every[i] for i in places], [sparsities[i] for i in places])
             for place, mask in zip(places, made, strict=True):
                 masks[place] = mask
+            if bad is not None:
+                modules += [found[place][0] for place in places]
+                flags.append(bad)
     except ValueError:
         for (module, _, _), scores in zip(found, every, strict=True):
             with _naming(model, module):
                 if not bool(torch.isfinite(scores).all()):
                     raise
         raise
+    check = MaskCheck(model=model, modules=modules, flags=Pending(torch.cat(flags)) if flags else None)
+    if wait:
+        check.check()
     torch._foreach_copy_([part.mask for _, part, _ in found], masks)
+    return check
 
 
 def _note_(found: _Found, sparsities: list[float]) -> None:
@@ -268,11 +320,15 @@ def _naming(model: nn.Module, module: nn.Module) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        name = next(name for name, other in model.named_modules() if other is module)
-        raise ModelError(
-            f"The scores of {name}.weight hold NaN or infinity: training diverged, or the model came so. "
-            "Use a lower learning rate (lr, lr_update, lr_scores), or another model."
-        ) from error
+        raise _not_finite(model, module) from error
+
+
+def _not_finite(model: nn.Module, module: nn.Module) -> ModelError:
+    name = next(name for name, other in model.named_modules() if other is module)
+    return ModelError(
+        f"The scores of {name}.weight hold NaN or infinity: training diverged, or the model came so. "
+        "Use a lower learning rate (lr, lr_update, lr_scores), or another model."
+    )
 
 
 def merge_(model: nn.Module) -> None:

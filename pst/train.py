@@ -6,11 +6,11 @@ Several processes (``torchrun``, ``accelerate launch``) run this same code; see 
 import hashlib
 import math
 import random
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from pst.errors import ModelError, RunError
 from pst.files import remove, storage_errors
 from pst.graphs import RecordedSteps, padded_length
 from pst.objective import Objective
+from pst.pending import Delayed, Pending, moved
 from pst.plan import read_plan
 from pst.progress import note, progress, silence
 from pst.result import save_model
@@ -40,7 +41,8 @@ from pst.run_folder import (
     require_same,
 )
 from pst.schedule import CubicSchedule
-from pst.sparsify import merge_, set_sparsity_, sparsify_
+from pst.signals import stop_signals
+from pst.sparsify import MaskCheck, merge_, set_sparsity_, sparsify_
 from pst.structured.calibration import UnitCalibration
 from pst.teacher import load_teacher
 
@@ -177,21 +179,42 @@ def _train(
     if group.first:
         prepare_folder(output, config, first_step=first_step, steps=steps)
 
-    def choose_masks(step: int, sparsity: float) -> None:
+    looks = Delayed(device)  # at what each step came to, once the next is started: the GPU has work meanwhile
+
+    def catch_up() -> None:
+        """Look at all steps so far, before what needs to know how they went."""
+        nonlocal training
+        began = time.monotonic()
+        looks.finish()
+        training += time.monotonic() - began
+
+    def choose_masks(step: int, sparsity: float) -> MaskCheck:
         """Masks for the schedule's *sparsity*, which a calibrated run follows in stages."""
         try:
             if calibration is not None and calibration.due(sparsity):
+                looks.finish()
                 calibration(model, sparsity, step=step, device=device, group=group)
-            set_sparsity_(model, sparsity if calibration is None else calibration.level, budget=config.budget)
+            level = sparsity if calibration is None else calibration.level
+            check = set_sparsity_(model, level, budget=config.budget, wait=False)
         except ModelError as error:  # scores that are not finite
+            looks.finish()  # if the step before went wrong, that comes first
             raise _diverged(step, output) from error
         group.share_masks_(model)
+        return check
+
+    def require_finite_scores(check: MaskCheck, step: int) -> None:
+        try:
+            check.check()
+        except ModelError as error:
+            raise _diverged(step, output) from error
 
     def evaluate(*, final: bool) -> dict[str, float]:
+        catch_up()
         size = max(config.batch_size, 64)
         return prepared.evaluate(model, batch_size=size, device=device, processes=group, final=final)
 
     def save_checkpoint(step: int) -> None:
+        catch_up()
         _require_finite(trainable, step, output)
         content: dict[str, Any] = {"identity": identity, "seconds": spent + time.monotonic() - start}
         content |= {"train_seconds": training, "level": None if calibration is None else calibration.level}
@@ -224,13 +247,13 @@ def _train(
         """One step on these rows; (2,) the mean loss over them and the gradients' norm."""
         if recorded is not None:
             length = padded_length(int(lengths[chosen].max()), prepared.max_length)
-            batch = {name: value.to(device) for name, value in rows.batch(chosen, length=length).items()}
+            batch = {name: moved(value, device) for name, value in rows.batch(chosen, length=length).items()}
             return recorded(batch)
         total, loss = rows.weight(chosen), torch.zeros((), device=device)
         share = group.share(chosen)
         optimizer.zero_grad()
         for part in (share[i :: config.accumulate] for i in range(min(config.accumulate, len(share)))):
-            batch = {name: value.to(device) for name, value in rows.batch(list(part)).items()}
+            batch = {name: moved(value, device) for name, value in rows.batch(list(part)).items()}
             loss += backward(batch, rows.weight(list(part)) / total)
         group.sum_gradients_(trainable)
         return update(group.sum_(loss))
@@ -246,24 +269,31 @@ def _train(
         _log(output, group, first_step) as log,
         progress("train", steps, done=first_step) as advance,
     ):
+
+        def look(step: int, check: MaskCheck | None, result: Pending, *, factor: float, sparsity: float) -> None:
+            """What the step came to: RunError where it diverged, else progress and the log."""
+            if check is not None:
+                require_finite_scores(check, step)
+            loss, norm = result.get()
+            if not math.isfinite(loss + norm):
+                raise _diverged(step, output)
+            advance(1, f"loss {loss:.3f} sparsity {sparsity:.2f}")
+            if (step + 1) % LOG_EVERY == 0 or step + 1 == steps:
+                log(step=step + 1, loss=loss, lr_factor=factor, sparsity=sparsity)
+
         for step, chosen in enumerate(batches, first_step):
             began = time.monotonic()
             chosen_at = step - step % config.mask_every
-            if method is not None and step == chosen_at:
-                choose_masks(step, schedule(step))
+            check = choose_masks(step, schedule(step)) if method is not None and step == chosen_at else None
             sparsity = calibration.level if calibration is not None else schedule(chosen_at)
             factor = _rate(step, steps, _given(config.lr_warmup))
             for one, rate in zip(optimizer.param_groups, base_rates, strict=True):
                 _set_rate(one, rate * factor, device=device if recording else None)
-            loss, norm = take_step(chosen).tolist()
-            if not math.isfinite(loss + norm):
-                raise _diverged(step, output)
+            result = Pending(take_step(chosen))
+            looks.add(partial(look, step, check, result, factor=factor, sparsity=sparsity))
             training += time.monotonic() - began
 
             done = step + 1
-            advance(1, f"loss {loss:.3f} sparsity {sparsity:.2f}")
-            if done % LOG_EVERY == 0 or done == steps:
-                log(step=done, loss=loss, lr_factor=factor, sparsity=sparsity)
             if config.eval_every and done % config.eval_every == 0 and done < steps:
                 log(step=done, eval=evaluate(final=False))
             stopping = group.any(stopped(), device)
@@ -275,9 +305,10 @@ def _train(
                 raise InterruptedRun(f"Stopped at step {done} of {steps}; continue with --resume --output {output}.")
 
         # The result
+        catch_up()
         _require_finite(trainable, steps, output)
         if method is not None:
-            choose_masks(steps, schedule.final)
+            require_finite_scores(choose_masks(steps, schedule.final), steps)
         metrics = evaluate(final=True)
         log(step=steps, eval=metrics)
     if method is not None:
@@ -361,25 +392,3 @@ def _log(output: Path, group: Processes, first_step: int) -> Iterator[Callable[.
         return
     with open_log(output, first_step=first_step) as log:
         yield log
-
-
-@contextmanager
-def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Within: SIGINT and SIGTERM only set a flag, which the yielded function reads."""
-    asked = False
-
-    def ask(*_: Any) -> None:
-        nonlocal asked
-        asked = True
-
-    previous = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        try:
-            previous[number] = signal.signal(number, ask)
-        except ValueError:  # not the main thread: whoever owns it handles signals
-            break
-    try:
-        yield lambda: asked
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -39,7 +39,8 @@ def several_at_a_time(waiting: Sequence[Cell], runs: Path, *, jobs: int) -> dict
 
     A cell waits for the dense run that it needs. Raises StorageError, and pst.train.InterruptedRun after a signal.
     """
-    from pst.train import InterruptedRun, stop_signals
+    from pst.signals import stop_signals
+    from pst.train import InterruptedRun
 
     queue, running, errors = list(waiting), list[_Job](), dict[str, str]()
     start = time.monotonic()

@@ -46,10 +46,11 @@ def works(device: "torch.device") -> bool:
     """
     import torch
 
-    from pst.kernels.selection import keep_n_of_m
+    from pst.kernels.selection import Segments, keep_n_of_m
 
     try:
-        keep, _, _ = keep_n_of_m(torch.tensor([3.0, 1.0, 4.0, 2.0], device=device), 2, 4, lost=False)
+        scores = torch.tensor([3.0, 1.0, 4.0, 2.0], device=device)
+        keep, _, _ = keep_n_of_m(scores, Segments([4], device), 2, 4, lost=False)
         found = keep.tolist() == [True, False, True, False]
         reason = "" if found else "a test gave a wrong answer"
     except Exception as error:  # whatever the compiler, the driver or the launcher says

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pst.kernels.matrices import FIELDS as COLUMNS_OF_TABLE
 from pst.kernels.matrices import Matrices
+from pst.pending import moved
 
 FIELDS = tl.constexpr(COLUMNS_OF_TABLE)
 TILE = (64, 64)
@@ -292,7 +293,7 @@ def gradients(
 def addresses_of(tensors: Sequence[Tensor]) -> Tensor:
     """Where *tensors* lie, (tensors,) int64 on their device."""
     found = torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.int64)
-    return found.to(tensors[0].device, non_blocking=True)
+    return moved(found, tensors[0].device)
 
 
 def _wide(matrices: Matrices, tensors: Sequence[Tensor]) -> bool:

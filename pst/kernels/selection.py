@@ -9,6 +9,9 @@ same search over their indices settles which: the lower ones stay, so the count 
 Training moves a threshold little from one step to the next. So the scores are read once first, around the threshold of
 the call before: what lies below the window is counted, what lies inside is listed, and where the threshold is among the
 listed it is found there, by key and index at once. Where it is not, the search above follows.
+
+The processor decides nothing and waits for nothing. It always starts the search, of few programs that go from span to
+span, and that end at once when the GPU has found every threshold. Whether a score is not finite stays on the GPU, too.
 """
 
 import itertools
@@ -19,8 +22,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pst.pending import moved
+
 SPAN = 2048
-"""Scores that one program counts."""
+"""Scores that are counted together."""
+PROGRAMS = 8
+"""Of the search, a multiprocessor."""
 WINDOW = tl.constexpr(1 << 16)
 """Keys around the last threshold that are listed: 0.4 to 0.8% of a float32 to either side."""
 ROOM = 64
@@ -50,37 +57,35 @@ def _load(scores, begin, length, start, SPAN: tl.constexpr):
 
 @triton.jit
 def _count_kernel(
-    scores, segments, starts, offsets, state, counts, bad, SHIFT: tl.constexpr, TIES: tl.constexpr, SPAN: tl.constexpr,
+    scores, segments, starts, offsets, spans, state, flags, counts, SHIFT: tl.constexpr, TIES: tl.constexpr,
+    SPAN: tl.constexpr,
 ):  # fmt: skip
-    """Add to counts (segments, 256) how many keys of this span have which byte at SHIFT, of those still in question.
+    """Add to counts (segments, 256) how many keys have which byte at SHIFT, of those still in question.
 
     TIES: the entries are those that have the key found, and their keys the places counted from the segment's end.
     """
-    program = tl.program_id(0)
-    segment = tl.load(segments + program)
-    begin = tl.load(offsets + segment)
-    length = (tl.load(offsets + segment + 1) - begin).to(tl.int32)
-    if tl.load(state + segment * STATE + 3) == 0:
-        score, at, inside = _load(scores, begin, length, tl.load(starts + program), SPAN)
-        key = _key(score)
-        found = tl.load(state + segment * STATE).to(tl.uint32)
-        if SHIFT == 24 and not TIES:
-            finite = tl.abs(score) < float("inf")  # False for NaN
-            if tl.sum((inside & (finite == 0)).to(tl.int32)) > 0:
-                tl.store(bad, 1)
-        if TIES:
-            inside = inside & (key == found)
-            key = (length - 1 - at).to(tl.uint32)
-            found = tl.load(state + segment * STATE + 2).to(tl.uint32)
-        if SHIFT < 24:
-            inside = inside & ((key >> (SHIFT + 8)) == (found >> (SHIFT + 8)))
-        digit = ((key >> SHIFT) & 255).to(tl.int32)
-        if SHIFT >= 16 and not TIES:
-            histogram = tl.histogram(digit, 256, mask=inside)
-            bins = tl.arange(0, 256)
-            tl.atomic_add(counts + segment * 256 + bins, histogram, mask=histogram > 0, sem="relaxed")
-        else:  # few are left
-            tl.atomic_add(counts + segment * 256 + digit, 1, mask=inside, sem="relaxed")
+    if tl.load(flags) != 0:
+        for span in range(tl.program_id(0), spans, tl.num_programs(0)):
+            segment = tl.load(segments + span)
+            if tl.load(state + segment * STATE + 3) == 0:
+                begin = tl.load(offsets + segment)
+                length = (tl.load(offsets + segment + 1) - begin).to(tl.int32)
+                score, at, inside = _load(scores, begin, length, tl.load(starts + span), SPAN)
+                key = _key(score)
+                found = tl.load(state + segment * STATE).to(tl.uint32)
+                if TIES:
+                    inside = inside & (key == found)
+                    key = (length - 1 - at).to(tl.uint32)
+                    found = tl.load(state + segment * STATE + 2).to(tl.uint32)
+                if SHIFT < 24:
+                    inside = inside & ((key >> (SHIFT + 8)) == (found >> (SHIFT + 8)))
+                digit = ((key >> SHIFT) & 255).to(tl.int32)
+                if SHIFT >= 16 and not TIES:
+                    histogram = tl.histogram(digit, 256, mask=inside)
+                    bins = tl.arange(0, 256)
+                    tl.atomic_add(counts + segment * 256 + bins, histogram, mask=histogram > 0, sem="relaxed")
+                else:  # few are left
+                    tl.atomic_add(counts + segment * 256 + digit, 1, mask=inside, sem="relaxed")
 
 
 @triton.jit
@@ -113,6 +118,7 @@ def _window_kernel(
     """counted (segments, 2): keys below the window from lows[segment] on, and inside; listed: the latter, as
 
     (key - low) << 32 | place counted from the segment's end: in the order in which they go, no two alike.
+    flags[1 + segment]: a score is not finite.
     """
     program = tl.program_id(0)
     segment = tl.load(segments + program)
@@ -121,7 +127,7 @@ def _window_kernel(
     score, at, inside = _load(scores, begin, length, tl.load(starts + program), SPAN)
     finite = tl.abs(score) < float("inf")  # False for NaN
     if tl.sum((inside & (finite == 0)).to(tl.int32)) > 0:
-        tl.store(flags, 1)
+        tl.store(flags + 1 + segment, 1)
     key, low = _key(score), tl.load(lows + segment).to(tl.uint32)
     near = inside & (key >= low) & (key - low < WINDOW)
     tl.atomic_add(counted + segment * 2, tl.sum((inside & (key < low)).to(tl.int32)), sem="relaxed")
@@ -136,8 +142,8 @@ def _window_kernel(
 
 
 @triton.jit
-def _settle_kernel(state, lows, rooms, counted, listed, flags, CHUNK: tl.constexpr):
-    """Settle a segment whose threshold is listed; else flags[1]."""
+def _settle_kernel(state, lows, rooms, counted, listed, flags, missed, CHUNK: tl.constexpr):
+    """Settle a segment whose threshold is listed; else flags[0], and one more of missed (segments,)."""
     segment = tl.program_id(0)
     row = state + segment * STATE
     if tl.load(row + 3) == 0:
@@ -145,7 +151,8 @@ def _settle_kernel(state, lows, rooms, counted, listed, flags, CHUNK: tl.constex
         left = tl.load(row + 1) - tl.load(counted + segment * 2)
         near = tl.load(counted + segment * 2 + 1)
         if (left < 1) | (left > near) | (near > tl.load(rooms + segment + 1) - room):
-            tl.store(flags + 1, 1)
+            tl.store(flags, 1)
+            tl.store(missed + segment, tl.load(missed + segment) + 1)
         else:
             bins, found = tl.arange(0, 256), left * 0
             for step in tl.static_range(7):
@@ -180,18 +187,25 @@ def _keep_kernel(scores, segments, starts, offsets, state, keep, SPAN: tl.conste
 
 @triton.jit
 def _n_of_m_kernel(
-    scores, keep, lost, bad, groups, N: tl.constexpr, M: tl.constexpr, PADDED: tl.constexpr, GROUPS: tl.constexpr,
-    LOST: tl.constexpr,
+    scores, offsets, segments, keep, lost, bad, groups, N: tl.constexpr, M: tl.constexpr, PADDED: tl.constexpr,
+    GROUPS: tl.constexpr, LOST: tl.constexpr,
 ):  # fmt: skip
-    """keep: the N highest of every M scores, of equal ones the first; lost: the sum of the others."""
+    """keep: the N highest of every M scores, of equal ones the first; lost: the sum of the others.
+
+    bad (segments,): a score of the segment is not finite.
+    """
     group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
     member = tl.arange(0, PADDED)
     at = group[:, None] * M + member[None, :]
     inside = (group[:, None] < groups) & (member[None, :] < M)
     score = tl.load(scores + at, mask=inside, other=float("-inf"))
     finite = tl.abs(score) < float("inf")
-    if tl.sum(tl.where(inside & (finite == 0), 1, 0)) > 0:
-        tl.store(bad, 1)
+    wrong = inside & (finite == 0)
+    if tl.sum(tl.where(wrong, 1, 0)) > 0:
+        for segment in range(segments):
+            here = (at >= tl.load(offsets + segment)) & (at < tl.load(offsets + segment + 1))
+            if tl.sum(tl.where(wrong & here, 1, 0)) > 0:
+                tl.store(bad + segment, 1)
     higher = score[:, None, :] > score[:, :, None]
     ahead = (score[:, None, :] == score[:, :, None]) & (member[None, None, :] < member[None, :, None])
     rank = tl.sum((higher | ahead).to(tl.int32), 2)
@@ -213,67 +227,78 @@ class Segments:
             segments += [segment] * len(range(0, length, SPAN))
             starts += range(0, length, SPAN)
             offsets.append(offsets[-1] + length)
-        self.total = offsets[-1]
+        self.total, self.spans = offsets[-1], len(segments)
         self.offsets = torch.tensor(offsets, dtype=torch.int64).to(device)
         self.segments = torch.tensor(segments, dtype=torch.int32).to(device)
         self.starts = torch.tensor(starts, dtype=torch.int32).to(device)
         rooms = itertools.accumulate((min(length, max(4096, length // ROOM)) for length in lengths), initial=0)
         self.rooms = torch.tensor(list(rooms), dtype=torch.int64).to(device)
         self.room = int(self.rooms[-1])
-        self.thresholds: Tensor | None = None
-        """Key of each segment's last threshold, (segments,) int64: a guess, which changes the time and no result."""
-        self.settled = 0
-        """Calls in which every threshold lay in the window."""
+        self.programs = min(self.spans, _most_programs(device))
+        """Of the search."""
+        self.thresholds = torch.zeros(len(lengths), dtype=torch.int64, device=device)
+        """Key of each segment's last threshold: a guess, which changes the time and no result. First a key of NaN."""
+        self.missed = torch.zeros(len(lengths), dtype=torch.int32, device=device)
+        """How often each segment's threshold did not lie in the window, so that it was searched for."""
+        self._begin: tuple[list[int], Tensor] | None = None
+
+    def begin(self, counts: Sequence[int]) -> Tensor:
+        """STATE of each segment before *counts* of its entries go, (segments, 4) int64, a new tensor."""
+        if self._begin is None or self._begin[0] != list(counts):
+            rows = [[0, count, 0, 0 if count > 0 else 2] for count in counts]
+            self._begin = list(counts), moved(torch.tensor(rows, dtype=torch.int64), self.device)
+        return self._begin[1].clone()
 
 
-def keep_highest(flat: Tensor, segments: Segments, counts: Sequence[int]) -> tuple[Tensor, bool]:
+def _most_programs(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 3  # the interpreter runs one after the other
+    return PROGRAMS * int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def keep_highest(flat: Tensor, segments: Segments, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Masks in which exactly counts[i] entries of segment i, those of its lowest scores, are False.
 
-    flat: (segments.total,) float32. Returns the masks, (segments.total,) bool, and whether a score is NaN or infinite,
-    so that they mean nothing. Of equal scores the lower index stays.
+    flat: (segments.total,) float32. Returns the masks, (segments.total,) bool, and (segments,) int32, not 0 where a
+    score is NaN or infinite, so that the masks mean nothing. Of equal scores the lower index stays.
     """
     device, number = flat.device, len(segments.lengths)
-    begin = [[0, count, 0, 0 if count > 0 else 2] for count in counts]
-    state = torch.tensor(begin, dtype=torch.int64).to(device, non_blocking=True)
+    state = segments.begin(counts)
     keep = torch.empty(segments.total, dtype=torch.bool, device=device)
     where = (flat, segments.segments, segments.starts, segments.offsets)
-    grid = (len(segments.segments),)
-    flags = torch.zeros(2, dtype=torch.int32, device=device)  # a score is not finite, a segment is not settled
-    if segments.thresholds is not None:
-        lows = (segments.thresholds - WINDOW.value // 2).clamp_(0, 2**32 - WINDOW.value)
-        counted = torch.zeros(number * 2, dtype=torch.int32, device=device)
-        listed = torch.empty(segments.room, dtype=torch.int64, device=device)
-        _window_kernel[grid](*where, lows, segments.rooms, counted, listed, flags, SPAN)
-        _settle_kernel[(number,)](state, lows, segments.rooms, counted, listed, flags, CHUNK)
-        _keep_kernel[grid](*where, state, keep, SPAN)
-        bad, unsettled = flags.tolist()
-        if bad or not unsettled:
-            segments.thresholds = state[:, 0]
-            segments.settled += not bad
-            return keep, bool(bad)
+    grid = (segments.spans,)
+    flags = torch.zeros(1 + number, dtype=torch.int32, device=device)  # one is not settled; each: one is not finite
+    lows = (segments.thresholds - WINDOW.value // 2).clamp_(0, 2**32 - WINDOW.value)
+    counted = torch.zeros(number * 2, dtype=torch.int32, device=device)
+    listed = torch.empty(segments.room, dtype=torch.int64, device=device)
+    _window_kernel[grid](*where, lows, segments.rooms, counted, listed, flags, SPAN)
+    _settle_kernel[(number,)](state, lows, segments.rooms, counted, listed, flags, segments.missed, CHUNK)
     bins = torch.zeros(number * 256, dtype=torch.int32, device=device)
-    if min(counts, default=1) <= 0:  # a segment that loses nothing is not looked at, and may hold NaN
-        flags[0] |= ~torch.isfinite(flat).all()
     for ties in (False, True):
         for shift in (24, 16, 8, 0):
-            _count_kernel[grid](*where, state, bins, flags, shift, ties, SPAN)
+            _count_kernel[(segments.programs,)](*where, segments.spans, state, flags, bins, shift, ties, SPAN)
             _choose_kernel[(number,)](state, bins, shift, ties)
     _keep_kernel[grid](*where, state, keep, SPAN)
     segments.thresholds = state[:, 0]
-    return keep, bool(flags[0])
+    return keep, flags[1:]
 
 
-def keep_n_of_m(flat: Tensor, n: int, m: int, *, lost: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+def keep_n_of_m(
+    flat: Tensor, segments: Segments, n: int, m: int, *, lost: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """The masks that keep the *n* highest of every *m* consecutive scores; of equal ones the first stays.
 
-    flat: (groups * m,) float32. Returns masks (groups * m,) bool, a flag (1,) int32 that is not 0 where a score is not
-    finite, and, if *lost*, the sum of the scores that each group loses, (groups,) float32.
+    flat: (segments.total,) float32, m of which make a group. Returns masks of its shape, bool; (segments,) int32, not
+    0 where a score is not finite; and, if *lost*, the sum of the scores that each group loses, (groups,) float32.
     """
     groups = flat.numel() // m
     padded = 1 << (m - 1).bit_length()
     at_once = max(1, 4096 // padded**2)
+    number = len(segments.lengths)
     keep = torch.empty(flat.numel(), dtype=torch.bool, device=flat.device)
-    bad = torch.zeros(1, dtype=torch.int32, device=flat.device)
+    bad = torch.zeros(number, dtype=torch.int32, device=flat.device)
     gone = torch.empty(groups if lost else 1, dtype=torch.float32, device=flat.device)
-    _n_of_m_kernel[(triton.cdiv(groups, at_once),)](flat, keep, gone, bad, groups, n, m, padded, at_once, lost)
+    _n_of_m_kernel[(triton.cdiv(groups, at_once),)](
+        flat, segments.offsets, number, keep, gone, bad, groups, n, m, padded, at_once, lost
+    )
     return keep, bad, gone if lost else None

@@ -48,15 +48,21 @@ class Pattern(Protocol):
 class BatchPattern(Pattern, Protocol):
     """A pattern that chooses the masks of many matrices in a few launches, where a GPU waits for launches."""
 
-    def masks(self, scores: "Sequence[Tensor]", sparsities: Sequence[float]) -> "list[Tensor]":
-        """As ``mask`` of each of *scores* with axis 1, all on one device, at its sparsity."""
+    def masks(self, scores: "Sequence[Tensor]", sparsities: Sequence[float]) -> "tuple[list[Tensor], Tensor | None]":
+        """As ``mask`` of each of *scores* with axis 1, all on one device, at its sparsity.
+
+        The second result is None where all scores were found finite. Where that would have meant to wait for a GPU it
+        is (scores,) int32 there, not 0 for scores that are not finite, whose mask means nothing.
+        """
 
 
-def masks(pattern: Pattern, scores: "Sequence[Tensor]", sparsities: Sequence[float]) -> "list[Tensor]":
-    """The mask of each of *scores* (n, k), whose axis 1 is the reduction axis, at its sparsity; see Pattern.mask."""
+def masks(
+    pattern: Pattern, scores: "Sequence[Tensor]", sparsities: Sequence[float]
+) -> "tuple[list[Tensor], Tensor | None]":
+    """The mask of each of *scores* (n, k), whose axis 1 is the reduction axis, at its sparsity: see BatchPattern."""
     if isinstance(pattern, BatchPattern):
         return pattern.masks(scores, sparsities)
-    return [pattern.mask(each, sparsity, axis=1) for each, sparsity in zip(scores, sparsities, strict=True)]
+    return [pattern.mask(each, sparsity, axis=1) for each, sparsity in zip(scores, sparsities, strict=True)], None
 
 
 @runtime_checkable

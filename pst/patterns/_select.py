@@ -35,36 +35,45 @@ def prune_lowest(scores: Tensor, count: int) -> Tensor:
     return keep.reshape(scores.shape)
 
 
-def prune_lowest_each(scores: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
-    """``prune_lowest`` of each of *scores*, all on one device, with its count."""
+def prune_lowest_each(scores: Sequence[Tensor], counts: Sequence[int]) -> tuple[list[Tensor], Tensor | None]:
+    """``prune_lowest`` of each of *scores*, all on one device, with its count.
+
+    Where a GPU serves them together, nothing waits for it: instead of raising ValueError, the second result, (scores,)
+    int32 there, is not 0 for scores that are not finite, whose masks mean nothing. It is None where all were looked at.
+    """
     if not _together(scores):
-        return [prune_lowest(each, count) for each, count in zip(scores, counts, strict=True)]
+        return [prune_lowest(each, count) for each, count in zip(scores, counts, strict=True)], None
     from pst.kernels import selection
 
     keep, bad = selection.keep_highest(_flat(scores), _segments(scores), counts)
-    if bad:
-        raise ValueError(NOT_FINITE)
-    return _like(keep, scores)
+    return _like(keep, scores), bad
 
 
-def keep_n_of_m(scores: Sequence[Tensor], n: int, m: int, switched: Sequence[int]) -> list[Tensor]:
+def keep_n_of_m(
+    scores: Sequence[Tensor], n: int, m: int, switched: Sequence[int]
+) -> tuple[list[Tensor], Tensor | None]:
     """Masks of *scores* (rows, a multiple of m): *switched* groups of each keep *n* of *m*, the others everything.
 
     The n highest scores of a group stay, of equal ones those of lower index. The groups that lose the smallest sum of
-    scores are the ones that are switched, of equal ones those of higher index. Raises ValueError as prune_lowest.
+    scores are the ones that are switched, of equal ones those of higher index. The second result, and ValueError, are
+    those of prune_lowest_each.
     """
     if not _together(scores):
-        return [_keep_n_of_m(each.detach(), n, m, count) for each, count in zip(scores, switched, strict=True)]
+        return [_keep_n_of_m(each.detach(), n, m, count) for each, count in zip(scores, switched, strict=True)], None
     from pst.kernels import selection
 
     ramp = any(count < each.numel() // m for each, count in zip(scores, switched, strict=True))
-    keep, bad, lost = selection.keep_n_of_m(_flat(scores), n, m, lost=ramp)
-    if bool(bad):
-        raise ValueError(NOT_FINITE)
+    keep, bad, lost = selection.keep_n_of_m(_flat(scores), _segments(scores), n, m, lost=ramp)
     if lost is not None:
         dense, _ = selection.keep_highest(lost, _segments([each[:, ::m] for each in scores]), switched)
         keep.view(-1, m).logical_or_(dense.unsqueeze(1))
-    return _like(keep, scores)
+    return _like(keep, scores), bad
+
+
+def require_finite(bad: Tensor | None) -> None:
+    """Raise ValueError where the second result of the functions above says that scores are not finite; waits for it."""
+    if bad is not None and bool(bad.any()):
+        raise ValueError(NOT_FINITE)
 
 
 def _together(scores: Sequence[Tensor]) -> bool:
@@ -96,7 +105,7 @@ def _segments(scores: Sequence[Tensor]) -> "Segments":
     return _segments_of(tuple(each.numel() for each in scores), scores[0].device)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=32)
 def _segments_of(lengths: tuple[int, ...], device: torch.device) -> "Segments":
     from pst.kernels.selection import Segments
 

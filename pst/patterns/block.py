@@ -40,11 +40,14 @@ class Block:
 
     def mask(self, scores: "Tensor", sparsity: float, *, axis: int) -> "Tensor":
         """See Pattern.mask: int(tiles * s) tiles of the lowest mean score go. Ties: the lower flat index stays."""
+        from pst.patterns._select import require_finite
+
         by_row = scores if axis == 1 else scores.T
-        (mask,) = self.masks([by_row], [sparsity])
+        (mask,), bad = self.masks([by_row], [sparsity])
+        require_finite(bad)
         return mask if axis == 1 else mask.T.contiguous()
 
-    def masks(self, scores: "Sequence[Tensor]", sparsities: Sequence[float]) -> "list[Tensor]":
+    def masks(self, scores: "Sequence[Tensor]", sparsities: Sequence[float]) -> "tuple[list[Tensor], Tensor | None]":
         """See BatchPattern.masks."""
         from pst.patterns._select import prune_lowest_each
 
@@ -53,8 +56,8 @@ class Block:
             self.check(tuple(each.shape), axis=1, name="scores")
         pooled = [self.units(each, axis=1) for each in scores]
         counts = [int(each.numel() * sparsity) for each, sparsity in zip(pooled, sparsities, strict=True)]
-        kept = prune_lowest_each(pooled, counts)
-        return [keep.repeat_interleave(self.rows, 0).repeat_interleave(self.columns, 1) for keep in kept]
+        kept, bad = prune_lowest_each(pooled, counts)
+        return [keep.repeat_interleave(self.rows, 0).repeat_interleave(self.columns, 1) for keep in kept], bad
 
     def units(self, scores: "Tensor", *, axis: int) -> "Tensor":
         """See SharingPattern.units: the mean score of each tile, (n / rows, k / columns)."""

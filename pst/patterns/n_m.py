@@ -43,11 +43,14 @@ class NM:
 
     def mask(self, scores: "Tensor", sparsity: float, *, axis: int) -> "Tensor":
         """See Pattern.mask. Ties: the lower index along the axis stays. Sparsity is at most 1 - n/m."""
+        from pst.patterns._select import require_finite
+
         by_row = scores if axis == 1 else scores.T
-        (mask,) = self.masks([by_row], [sparsity])
+        (mask,), bad = self.masks([by_row], [sparsity])
+        require_finite(bad)
         return mask if axis == 1 else mask.T.contiguous()
 
-    def masks(self, scores: "Sequence[Tensor]", sparsities: Sequence[float]) -> "list[Tensor]":
+    def masks(self, scores: "Sequence[Tensor]", sparsities: Sequence[float]) -> "tuple[list[Tensor], Tensor | None]":
         """See BatchPattern.masks."""
         from pst.patterns._select import keep_n_of_m
 

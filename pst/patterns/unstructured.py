@@ -29,7 +29,7 @@ class Unstructured:
         check_sparsity(sparsity)
         return prune_lowest(scores, int(scores.numel() * sparsity))
 
-    def masks(self, scores: "Sequence[Tensor]", sparsities: Sequence[float]) -> "list[Tensor]":
+    def masks(self, scores: "Sequence[Tensor]", sparsities: Sequence[float]) -> "tuple[list[Tensor], Tensor | None]":
         """See BatchPattern.masks."""
         from pst.patterns._select import prune_lowest_each
 

@@ -35,9 +35,10 @@ config, folder = json.loads(sys.argv[1]), Path(sys.argv[2])
 choose, seen = module.set_sparsity_, []
 
 def told(model, sparsity, **options):
-    choose(model, sparsity, **options)
+    check = choose(model, sparsity, **options)
     state = model.state_dict()
     seen.append({name: value.clone() for name, value in state.items() if not name.endswith(".sparsity")})
+    return check
 
 module.set_sparsity_ = told
 module.train(TrainConfig(**config), folder / "run")

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from pst.graphs import RecordedSteps, padded_length
 from pst.methods.pst import PST
 from pst.objective import Objective
+from pst.pending import Pending, moved
 from pst.sparsify import set_sparsity_, sparsify_
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
@@ -99,6 +101,22 @@ def test_recorded_steps_train_alike(make: Callable[[], nn.Module], pattern: str)
     assert found == pytest.approx(expected, rel=2e-3)
     for (name, mine), theirs in zip(other.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=2e-3, msg=lambda text, name=name: f"{name}: {text}")  # type: ignore[misc]
+
+
+@on_gpu
+def test_what_a_recorded_step_says_can_be_read_after_the_next() -> None:
+    """The next replay writes to the same place."""
+    count = torch.zeros(1, device="cuda")
+
+    def step(batch: dict[str, Tensor]) -> Tensor:
+        return count.add_(batch["x"]).clone()
+
+    recorded = RecordedSteps(step)
+    gpu: Any = torch.cuda
+    gpu._sleep(200_000_000)
+    found = [Pending(recorded({"x": moved(torch.ones(1), count.device)})) for _ in range(8)]
+    assert len(recorded.graphs) == 1
+    assert [one.get() for one in found] == [[value] for value in range(1, 9)]
 
 
 @on_gpu

@@ -51,14 +51,17 @@ def cases() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str
         for shift in (24, 16, 8, 0):
             digit = {"SHIFT": shift, "TIES": ties}
             span = digit | {"SPAN": selection.SPAN}
-            yield f"count {shift} {ties}", selection._count_kernel, SEGMENTS | counts | {"bad": "*i32"}, span, {}
+            searched = SEGMENTS | counts | {"flags": "*i32", "spans": "i32"}
+            yield f"count {shift} {ties}", selection._count_kernel, searched, span, {}
             yield f"choose {shift} {ties}", selection._choose_kernel, counts | {"state": INTEGERS}, digit, {}
     tables = {name: kind for name, kind in SEGMENTS.items() if name != "state"}
     window = {"lows": INTEGERS, "rooms": INTEGERS, "counted": "*i32", "listed": INTEGERS, "flags": "*i32"}
     yield "window", selection._window_kernel, tables | window, {"SPAN": selection.SPAN}, {}
-    yield "settle", selection._settle_kernel, {"state": INTEGERS} | window, {"CHUNK": selection.CHUNK}, {}
+    settled = window | {"state": INTEGERS, "missed": "*i32"}
+    yield "settle", selection._settle_kernel, settled, {"CHUNK": selection.CHUNK}, {}
     yield "keep", selection._keep_kernel, SEGMENTS | {"keep": "*i1"}, {"SPAN": selection.SPAN}, {}
-    arguments = {"scores": "*fp32", "keep": "*i1", "lost": "*fp32", "bad": "*i32", "groups": "i32"}
+    arguments = {"scores": "*fp32", "offsets": INTEGERS, "keep": "*i1", "lost": "*fp32", "bad": "*i32"}
+    arguments |= {"segments": "i32", "groups": "i32"}
     for n, m, lost in ((2, 4, False), (2, 4, True), (3, 5, True)):
         padded = 1 << (m - 1).bit_length()
         constants = {"N": n, "M": m, "PADDED": padded, "GROUPS": 4096 // padded**2, "LOST": lost}

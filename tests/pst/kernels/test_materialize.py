@@ -181,6 +181,41 @@ def test_scores_that_are_not_finite_keep_every_mask_and_name_their_weight(device
     assert all(torch.equal(one, other) for one, other in zip(before, masks_of(model), strict=True))
 
 
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "block:4x4"])
+def test_who_does_not_wait_is_told_later_which_weight_was_not_finite(pattern: str, device: torch.device) -> None:
+    """Also when the scores have become finite again, or others not, by then."""
+    from pst.errors import ModelError
+
+    with kernels.forced(True):
+        model = sparse(bert(), pattern, device)
+        weights = [part for part in model.modules() if isinstance(part, MaskedWeight)]
+        fine = set_sparsity_(model, 0.25, wait=False)
+        cast(Any, model).bert.encoder.layer[1].output.dense.parametrizations.weight[0].R.data[0] = float("nan")
+        broken = set_sparsity_(model, 0.3, wait=False)
+        for part in weights:
+            part.get_parameter("R").data.zero_()
+        cast(Any, model).bert.encoder.layer[0].output.dense.parametrizations.weight[0].C.data[0] = float("inf")
+        fine.check()
+        with pytest.raises(ModelError, match=r"layer\.1\.output\.dense\.weight hold NaN"):
+            broken.check()
+        cast(Any, model).bert.encoder.layer[0].output.dense.parametrizations.weight[0].C.data[0] = 0.0
+        set_sparsity_(model, 0.25, wait=False).check()
+        masks = [mask.clone() for mask in masks_of(model)]
+        set_sparsity_(model, 0.25)
+        assert all(torch.equal(one, other) for one, other in zip(masks, masks_of(model), strict=True))
+
+
+def test_without_kernels_nothing_is_told_later(device: torch.device) -> None:
+    from pst.errors import ModelError
+
+    with kernels.forced(False):
+        model = sparse(bert(), "unstructured", device)
+        set_sparsity_(model, 0.5, wait=False).check()
+        cast(Any, model).bert.encoder.layer[1].output.dense.parametrizations.weight[0].R.data[0] = float("nan")
+        with pytest.raises(ModelError, match=r"layer\.1\.output\.dense\.weight hold NaN"):
+            set_sparsity_(model, 0.6, wait=False)
+
+
 def test_a_copy_and_a_moved_model_have_tables_of_their_own(device: torch.device) -> None:
     with kernels.forced(True):
         model = sparse(bert(), "unstructured", device)
