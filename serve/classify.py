@@ -13,8 +13,12 @@ import numpy as np
 from pst.errors import ModelError
 from serve.closing import Closing
 from serve.describe import ModelFolder, describe
-from serve.engines import Array, Engine, open_engine
-from serve.text import TextEncoder, Tokens
+from serve.engines import ANY_SHAPE, Array, Engine, PreparedEngine, Shapes, open_engine
+from serve.padding import filled_shape
+from serve.text import TextEncoder, Tokens, shape_of
+
+WARM_UPS = 4
+"""Inferences of a shape after which the runtimes that record CUDA graphs have recorded it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,19 +46,32 @@ def softmax(logits: Array) -> Array:
 class Classifier(Closing):
     """A classifier or regressor that is ready to answer; close it, or use it in a ``with`` block.
 
-    *engine*: a name to open, or what is open already, which close then leaves alone.
+    *engine*: a name to open, or what is open already, which close then leaves alone. *shapes*: what an engine that is
+    opened here will be given; where it prepares for single ones, batches are filled up to them (serve/padding.py).
     Raises ArtifactError, ModelError or EngineError where the folder or the runtime is not usable.
     """
 
-    def __init__(self, path: Path, *, engine: str | Engine = "auto", threads: int = 0, verify: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        engine: str | Engine = "auto",
+        threads: int = 0,
+        shapes: Shapes = ANY_SHAPE,
+        verify: bool = False,
+    ) -> None:
         self.folder: ModelFolder = describe(path, verify=verify)
         if self.folder.task == "text_generation":
             raise ModelError(f"{path} is a language model; give a classifier or regressor.")
         self.encoder = TextEncoder(self.folder.path, max_length=self.folder.max_length)
         self._opened = isinstance(engine, str)
         self.engine: Engine = (
-            open_engine(self.folder.path, engine=engine, threads=threads) if isinstance(engine, str) else engine
+            open_engine(self.folder.path, engine=engine, threads=threads, shapes=shapes)
+            if isinstance(engine, str)
+            else engine
         )
+        self._announced = shapes.fixed
+        self._prepared = self._prepared_of(self.engine)
         if "logits" not in self.engine.outputs:
             self.close()
             raise ModelError(
@@ -62,9 +79,26 @@ class Classifier(Closing):
                 "export a model for sequence classification."
             )
 
+    def _prepared_of(self, engine: Engine) -> tuple[tuple[int, int], ...]:
+        """What batches may be filled up to; nothing where padding cannot be told from text."""
+        masked = "attention_mask" in engine.inputs and self.encoder.pad_id is not None
+        return engine.prepared_shapes if masked and self._opened and isinstance(engine, PreparedEngine) else ()
+
+    def warm_up(self) -> None:
+        """The first inferences: of one text, and of each shape that was announced."""
+        self.predict(["warm-up"])
+        (row,) = self.encoder.tokenize(["warm-up"])
+        for batch, tokens in self._announced:
+            whole = Tokens(ids=np.resize(row.ids, tokens), type_ids=np.resize(row.type_ids, tokens))  # unpadded
+            feeds = self.encoder.collate([whole] * batch, names=self.engine.inputs)
+            for _ in range(WARM_UPS):
+                self.engine.infer(feeds)
+
     def logits(self, rows: Sequence[Tokens]) -> Array:
         """One batch through the engine; (rows, labels) float32."""
-        logits = self.engine.infer(self.encoder.collate(rows, names=self.engine.inputs))["logits"]
+        shape = filled_shape(shape_of(rows), self._prepared)
+        logits = self.engine.infer(self.encoder.collate(rows, names=self.engine.inputs, shape=shape))["logits"]
+        logits = logits[: len(rows)]
         if logits.ndim != 2 or logits.shape[1] != self.folder.num_labels:
             raise ModelError(
                 f"{self.folder.path} gives logits of the shape {logits.shape}, not one column for each of its "

@@ -21,7 +21,7 @@ from serve.closing import Closing
 from serve.continuation import Continuation
 from serve.decoding import REMEDY, Decoding, has_cache
 from serve.describe import ModelFolder, describe
-from serve.engines import Engine, open_engine
+from serve.engines import ANY_SHAPE, Engine, Shapes, open_engine
 from serve.sampling import Sampling
 from serve.text import TextEncoder
 
@@ -29,12 +29,20 @@ from serve.text import TextEncoder
 class Generator(Closing):
     """A language model that is ready to answer; close it, or use it in a ``with`` block.
 
-    *engine* and *threads* are those of serve.engines.open_engine, or *engine* is open already, and close leaves it
-    alone; *verify* compares the files with their SHA-256.
+    *engine*, *threads* and *shapes* are those of serve.engines.open_engine, or *engine* is open already, and close
+    leaves it alone; *verify* compares the files with their SHA-256.
     Raises ArtifactError, ModelError or EngineError where the folder or the runtime is not usable.
     """
 
-    def __init__(self, path: Path, *, engine: str | Engine = "auto", threads: int = 0, verify: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        engine: str | Engine = "auto",
+        threads: int = 0,
+        shapes: Shapes = ANY_SHAPE,
+        verify: bool = False,
+    ) -> None:
         made = manifest.load(path, verify=verify)
         if made.task != "text_generation":
             raise ModelError(f"{path} was exported for {made.task}; give the artifact of a causal language model.")
@@ -46,7 +54,9 @@ class Generator(Closing):
         self.encoder = TextEncoder(path, max_length=None)
         self._pad_id = made.pad_token_id
         self._opened = isinstance(engine, str)
-        self.engine: Engine = open_engine(path, engine=engine, threads=threads) if isinstance(engine, str) else engine
+        self.engine: Engine = (
+            open_engine(path, engine=engine, threads=threads, shapes=shapes) if isinstance(engine, str) else engine
+        )
         if not has_cache(self.engine.inputs):
             self.close()
             raise ArtifactError(f"{path} holds a graph without a key/value cache; {REMEDY}")

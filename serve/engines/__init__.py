@@ -135,6 +135,16 @@ class ProfilingEngine(Engine, Protocol):
         ...
 
 
+@runtime_checkable
+class PreparedEngine(Engine, Protocol):
+    """An engine that prepares for single shapes."""
+
+    @property
+    def prepared_shapes(self) -> tuple[tuple[int, int], ...]:
+        """Batch x tokens that it has kernels of their own for: a batch that is filled up to one of them runs those."""
+        ...
+
+
 class Cache(Protocol):
     """Keys and values of the rows that a decoder has read, where its runtime keeps them."""
 

@@ -22,6 +22,8 @@ from serve.engines._torch_sparse import SparseWeights, compress_
 from serve.engines._torch_variant import parse_variant
 
 MISSING = 'PyTorch and transformers are needed for this; install them with: pip install "sparse-pst[train,cpu]".'
+SPARE_COMPILATIONS = 8
+"""Of one model, beside one for each shape that was announced: PyTorch's own limit."""
 AXES: tuple[str, ...] = ("batch_size", "sequence_length")
 
 
@@ -52,8 +54,10 @@ class TorchEngine(Closing):
             self._model = self._model.half()
         self._sparse = self._compress(folder) if asked.sparse else None
         config = self._model.config
+        self._exact: Any = None
+        self._prepared = shapes.fixed if asked.compiled else ()
         if asked.compiled:
-            self._model = self._compile(shapes)
+            self._exact, self._model = self._compile(shapes)
         self.load_ms = (time.perf_counter() - start) * 1000
         self.name = asked.name(self._device)
         self.threads = threads
@@ -83,13 +87,18 @@ class TorchEngine(Closing):
         prunable = importlib.import_module("pst.sparsify").prunable_weights(self._model)
         return compress_(self._torch, prunable, where=str(folder))
 
-    def _compile(self, shapes: Shapes) -> Any:
-        """Compiled with the first inference: for each of the announced shapes if there are no others, else for all."""
-        if not shapes.others:
-            limit = self._torch._dynamo.config
-            limit.recompile_limit = max(limit.recompile_limit, len(shapes.fixed) + 1)
+    @property
+    def prepared_shapes(self) -> tuple[tuple[int, int], ...]:
+        """See PreparedEngine: of ``compiled`` the shapes that were announced."""
+        return self._prepared
+
+    def _compile(self, shapes: Shapes) -> tuple[Any, Any]:
+        """For each of the announced shapes by itself, and for all others at once; with the first inference of each."""
+        limit = self._torch._dynamo.config
+        limit.recompile_limit = max(limit.recompile_limit, len(shapes.fixed) + SPARE_COMPILATIONS)
         mode = "reduce-overhead" if self._device == "cuda" else "default"
-        return self._torch.compile(self._model, mode=mode, dynamic=shapes.others)
+        exact, general = (self._torch.compile(self._model, mode=mode, dynamic=dynamic) for dynamic in (False, True))
+        return exact, general
 
     def infer(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """``logits``, shape (batch, labels); raises EngineError for feeds that do not fit."""
@@ -102,7 +111,8 @@ class TorchEngine(Closing):
         try:
             with torch.inference_mode():
                 tensors = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in feeds.items()}
-                logits = self._model(**{name: tensor.to(self._device) for name, tensor in tensors.items()}).logits
+                model = self._exact if feeds["input_ids"].shape in self._prepared else self._model
+                logits = model(**{name: tensor.to(self._device) for name, tensor in tensors.items()}).logits
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = str(error).strip().splitlines()[0].rstrip(".")
             raise EngineError(
@@ -112,7 +122,7 @@ class TorchEngine(Closing):
 
     def close(self) -> None:
         """Drop the model and its memory."""
-        self._model = None
+        self._model = self._exact = None
 
 
 def _load_model(torch: Any, transformers: Any, folder: Path) -> Any:

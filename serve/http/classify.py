@@ -28,8 +28,8 @@ class ClassifyService(ModelService[Classifier, Batcher[TextPair, Prediction]]):
     path = "/v1/classify"
 
     def warm_up(self, model: Classifier) -> None:
-        """One inference."""
-        model.predict(["warm-up"])
+        """See Classifier.warm_up."""
+        model.warm_up()
 
     def make_worker(self, model: Classifier) -> Batcher[TextPair, Prediction]:
         """Requests that come together share an inference."""

@@ -10,7 +10,7 @@ from serve.bench.timing import Speedup
 from serve.tune.candidates import Candidate
 from serve.tune.reasons import Reason
 from serve.tune.search import Choice
-from serve.tune.tuned import OVERALL, Decision, Row, Tuned, decisions, serve_command
+from serve.tune.tuned import OVERALL, Decision, Row, Tuned, decisions
 
 BUT = ", but not the fastest"
 FINDINGS = {
@@ -145,5 +145,5 @@ def sentences(tuned: Tuned) -> list[str]:
     said += [f"Left out: {', '.join(names)} on {engine}. {reason}" for (engine, reason), names in missing.items()]
     said += tuned.advice
     said += [verdict(each) for each in decisions(tuned)]
-    said.append(f"Serve it: {serve_command(tuned.overall.chosen, threads=tuned.threads)}")
+    said.append(f"Serve it: {tuned.command}")
     return said
