@@ -2,7 +2,8 @@
 
 The only module of this layer that imports torch and transformers, and only once a model is opened.
 Variants: ``torch`` and ``auto`` use a GPU where there is one; ``torch-cpu`` and ``torch-cuda`` say which, and -fp16,
--compiled and -sparse say more, see _torch_variant.py. Products of float32 are never rounded to TensorFloat-32.
+-compiled, -sparse and -autotune say more, see _torch_variant.py. Products of float32 are never rounded to
+TensorFloat-32.
 """
 
 import importlib
@@ -18,8 +19,10 @@ from pst.files import refuse_language_model, resolve_model
 from serve.closing import Closing
 from serve.describe import max_positions
 from serve.engines import ANY_SHAPE, Array, Shapes, TensorSpec, check_feeds
-from serve.engines._torch_sparse import SparseWeights, compress_
-from serve.engines._torch_variant import parse_variant
+from serve.engines._torch_autotune import autotune, timer_of
+from serve.engines._torch_sparse import SparseWeights, compress, install_, known_dense
+from serve.engines._torch_variant import Variant, parse_variant
+from serve.layers import LayerTimes, dense_weights
 
 MISSING = 'PyTorch and transformers are needed for this; install them with: pip install "sparse-pst[train,cpu]".'
 SPARE_COMPILATIONS = 8
@@ -52,7 +55,9 @@ class TorchEngine(Closing):
         self._model: Any = _load_model(self._torch, transformers, folder).to(self._device).eval()
         if asked.half:
             self._model = self._model.half()
-        self._sparse = self._compress(folder) if asked.sparse else None
+        self.layer_times: tuple[LayerTimes, ...] = ()
+        """Of ``autotune``, where it measured."""
+        self._sparse = self._compress(folder, asked, shapes) if asked.sparse else None
         config = self._model.config
         self._exact: Any = None
         self._prepared = shapes.fixed if asked.compiled else ()
@@ -83,9 +88,17 @@ class TorchEngine(Closing):
         """Of ``sparse``: why each other prunable weight does not, by its name."""
         return dict(self._sparse.dense) if self._sparse else {}
 
-    def _compress(self, folder: Path) -> SparseWeights:
+    def _compress(self, folder: Path, asked: Variant, shapes: Shapes) -> SparseWeights:
+        torch, where = self._torch, str(folder)
         prunable = importlib.import_module("pst.sparsify").prunable_weights(self._model)
-        return compress_(self._torch, prunable, where=str(folder))
+        found, others = compress(torch, prunable, where=where)
+        if asked.autotune and shapes.faster_sparse is not None:
+            others |= known_dense(found, shapes.faster_sparse, where=where)
+        elif asked.autotune:
+            timer = timer_of(torch, compiled=asked.compiled)
+            self.layer_times = autotune(torch, found, shapes=shapes, timer=timer, where=where)
+            others |= dense_weights(self.layer_times)
+        return install_(torch, found, others)
 
     @property
     def prepared_shapes(self) -> tuple[tuple[int, int], ...]:

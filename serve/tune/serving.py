@@ -50,7 +50,7 @@ def serving(path: Path, *, engine: str, threads: int) -> Serving:
             path=Path(choice["artifact"]),
             engine=str(choice["engine"]),
             threads=int(choice["threads"]),
-            shapes=_shapes(tuned),
+            shapes=_shapes(tuned, choice),
         )
         before, expected, name = dict(tuned["environment"]), str(choice["fingerprint"]), str(choice["chosen"])
     except (KeyError, TypeError, ValueError) as error:
@@ -66,11 +66,13 @@ def serving(path: Path, *, engine: str, threads: int) -> Serving:
     return found
 
 
-def _shapes(tuned: Mapping[str, Any]) -> Shapes:
-    """What was announced when the candidates were opened (serve.tune.run.tune)."""
+def _shapes(tuned: Mapping[str, Any], choice: Mapping[str, Any]) -> Shapes:
+    """What was announced when the candidates were opened (serve.tune.run.tune), and found of the layers."""
+    sparse = choice.get("faster_sparse")
     each = [(int(one["batch"]), int(one["sequence"]), int(one["new_tokens"])) for one in tuned["workloads"]]
     return Shapes(
         fixed=tuple(dict.fromkeys((batch, tokens) for batch, tokens, _ in each)),
         new_tokens=max((new for _, _, new in each), default=0),
         spanned=bool(tuned["spanned"]),
+        faster_sparse=None if sparse is None else tuple(map(str, sparse)),
     )

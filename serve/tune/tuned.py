@@ -4,13 +4,14 @@
 """
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from pst.files import write_json
 from serve.bench.timing import EQUAL_WITHIN, Latency, Speedup
+from serve.layers import LayerTimes
 from serve.tune.candidates import Candidate, LeftOut
 from serve.tune.overall import Mean
 
@@ -109,6 +110,8 @@ class Tuned:
     spanned: bool
     candidates: tuple[Candidate, ...]
     left_out: tuple[LeftOut, ...]
+    layers: Mapping[str, Sequence[LayerTimes]]
+    """By candidate: the layers that its engine timed, to choose which run sparse; only of those that did."""
     by: Mean
     """How the workloads count together."""
     workloads: tuple[Decision, ...]
@@ -123,7 +126,14 @@ class Tuned:
 
     def to_json(self) -> dict[str, Any]:
         """The content of tuned.json."""
-        rows = [{**asdict(each), "path": str(each.path.resolve())} for each in self.candidates]
+        rows = [
+            {
+                **asdict(each),
+                "path": str(each.path.resolve()),
+                "layers": [layer.to_json() for layer in self.layers.get(each.name, ())],
+            }
+            for each in self.candidates
+        ]
         return {
             "schema_version": SCHEMA_VERSION,
             "environment": self.environment,
@@ -132,10 +142,15 @@ class Tuned:
             "candidates": rows,
             "left_out": [asdict(each) for each in self.left_out],
             "by": self.by,
-            "workloads": [each.to_json(threads=self.threads) for each in self.workloads],
-            OVERALL: {**self.overall.to_json(threads=self.threads), "command": self.command},
+            "workloads": [self._decision(each) for each in self.workloads],
+            OVERALL: {**self._decision(self.overall), "command": self.command},
             "advice": list(self.advice),
         }
+
+    def _decision(self, decision: Decision) -> dict[str, Any]:
+        layers = self.layers.get(decision.chosen.name, ())
+        sparse = [name for layer in layers if layer.is_sparse for name in layer.weights]
+        return {**decision.to_json(threads=self.threads), "faster_sparse": sparse if layers else None}
 
     def write(self, folder: Path) -> None:
         """Write tuned.json into an existing folder."""

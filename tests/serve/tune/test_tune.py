@@ -15,6 +15,7 @@ from pst.patterns.structured import Structured
 from pst.result import sparsity_of
 from pst.sparsify import merge_, set_sparsity_, sparsify_
 from serve.engines import Array, Engine, Shapes, TensorSpec
+from serve.layers import LayerTimes
 from serve.tune import candidates as candidates_module
 from serve.tune.candidates import candidates
 from serve.tune.run import tune
@@ -264,6 +265,25 @@ def test_serving_takes_what_was_chosen(
         serving(tmp_path / "tuned", engine="auto", threads=0)
 
 
+def test_which_layers_run_sparse_is_written_and_served(
+    timed: Timed, bert_artifact: Path, structured_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, fast = {"1x8": (2.0,) * 60}, {"1x8": (1.0,) * 60}
+    layers = (
+        LayerTimes(outputs=8, inputs=4, weights=("a", "c"), dense=slow, sparse=fast),
+        LayerTimes(outputs=4, inputs=8, weights=("b",), dense=fast, sparse=slow),
+    )
+    monkeypatch.setattr(StandIn, "layer_times", layers, raising=False)
+    clock = timed(lambda name, batch: 10.0 if name == bert_artifact.name else 5.0)
+    found = tune([bert_artifact, structured_artifact], shapes=SHAPES, output=tmp_path / "t", clock=clock, threads=1)
+    report = written(tmp_path / "t")
+    assert report["overall"]["faster_sparse"] == ["a", "c"]
+    row = next(each for each in report["candidates"] if each["artifact"] == "structured")
+    assert [(each["weights"], each["is_sparse"]) for each in row["layers"]] == [(["a", "c"], True), (["b"], False)]
+    assert "Layers of structured on onnxruntime-cpu: 8 x 4 sparse (2.00×), 4 x 8 dense (0.50×)." in sentences(found)
+    assert serving(tmp_path / "t", engine="auto", threads=0).shapes.faster_sparse == ("a", "c")
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [
@@ -290,7 +310,7 @@ def test_which_engines_auto_tries(
     for each in found:
         assert not (each.is_dense and "sparse" in each.engine), "2:4 kernels refuse a model without zeros"
     assert [each.engine for each in found if each.path == paths[3]] == [
-        "torch-cuda", "torch-cuda-fp16-compiled", "torch-cuda-sparse-compiled",
+        "torch-cuda", "torch-cuda-fp16-compiled", "torch-cuda-sparse-compiled", "torch-cuda-sparse-autotune-compiled",
     ]  # fmt: skip
     assert [each.engine for each in found if each.path == bert_artifact] == [
         "onnxruntime-cuda", "tensorrt", "onnxruntime-cpu",
