@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from pst.errors import ModelError
-from serve.closing import Closing
 from serve.describe import ModelFolder, describe
-from serve.engines import ANY_SHAPE, Array, Engine, PreparedEngine, Shapes, open_engine
+from serve.engines import ANY_SHAPE, Array, Engine, PreparedEngine, Shapes
+from serve.holder import EngineHolder
 from serve.padding import filled_shape
 from serve.text import TextEncoder, Tokens, shape_of
 
@@ -43,7 +43,7 @@ def softmax(logits: Array) -> Array:
     return np.asarray(shifted / shifted.sum(axis=-1, keepdims=True))
 
 
-class Classifier(Closing):
+class Classifier(EngineHolder):
     """A classifier or regressor that is ready to answer; close it, or use it in a ``with`` block.
 
     *engine*: a name to open, or what is open already, which close then leaves alone. *shapes*: what an engine that is
@@ -64,12 +64,7 @@ class Classifier(Closing):
         if self.folder.task == "text_generation":
             raise ModelError(f"{path} is a language model; give a classifier or regressor.")
         self.encoder = TextEncoder(self.folder.path, max_length=self.folder.max_length)
-        self._opened = isinstance(engine, str)
-        self.engine: Engine = (
-            open_engine(self.folder.path, engine=engine, threads=threads, shapes=shapes)
-            if isinstance(engine, str)
-            else engine
-        )
+        super().__init__(self.folder.path, engine=engine, threads=threads, shapes=shapes)
         self._announced = shapes.fixed
         self._prepared = self._prepared_of(self.engine)
         if "logits" not in self.engine.outputs:
@@ -82,7 +77,7 @@ class Classifier(Closing):
     def _prepared_of(self, engine: Engine) -> tuple[tuple[int, int], ...]:
         """What batches may be filled up to; nothing where padding cannot be told from text."""
         masked = "attention_mask" in engine.inputs and self.encoder.pad_id is not None
-        return engine.prepared_shapes if masked and self._opened and isinstance(engine, PreparedEngine) else ()
+        return engine.prepared_shapes if masked and self.opened_here and isinstance(engine, PreparedEngine) else ()
 
     def warm_up(self) -> None:
         """The first inferences: of one text, and of each shape that was announced."""
@@ -118,8 +113,3 @@ class Classifier(Closing):
             Prediction(label=labels[int(row.argmax())], scores=dict(zip(labels, row.tolist(), strict=True)), value=None)
             for row in softmax(logits)
         ]
-
-    def close(self) -> None:
-        """Free the engine, if it was opened here."""
-        if self._opened:
-            self.engine.close()

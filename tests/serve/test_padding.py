@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import serve.classify
+import serve.holder
 from serve.classify import WARM_UPS, Classifier
 from serve.engines import Array, Shapes, open_engine
 from serve.padding import filled_shape
@@ -58,7 +58,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[Recorded]:
         found.append(Recorded(path, shapes.fixed))
         return found[-1]
 
-    monkeypatch.setattr(serve.classify, "open_engine", open_recorded)
+    monkeypatch.setattr(serve.holder, "open_engine", open_recorded)
     return found
 
 
