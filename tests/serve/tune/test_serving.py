@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from serve.classify import Classifier
+from serve.engines import Shapes, open_engine
 from serve.engines.tensorrt import TensorRTEngine
 from serve.generate import Generator
 from serve.tune.run import tune
@@ -31,6 +32,9 @@ def test_a_classifier(trt: TensorRT, bert_artifact: Path, tmp_path: Path, spanne
     )  # fmt: skip
     (build,) = trt.builds
     wide = "1x1,8x64,32x64"
+    more = Shapes(fixed=((4, 8), (1, 8), (2, 4)))
+    open_engine(mine, engine="tensorrt", shapes=more).close()  # a newer plan, which takes all of these shapes as well
+    assert trt.builds.pop() != build
     found = serving(tmp_path / "tuned", engine="auto", threads=0)
     with (
         Classifier(bert_artifact, engine="onnxruntime-cpu", threads=1) as oracle,
