@@ -26,7 +26,7 @@ from serve.layers import LayerTimes, dense_weights
 
 MISSING = 'PyTorch and transformers are needed for this; install them with: pip install "sparse-pst[train,cpu]".'
 SPARE_COMPILATIONS = 8
-"""Of one model, beside one for each shape that was announced: PyTorch's own limit."""
+"""Of one model, beside one for each shape that was announced: as many as PyTorch itself has for a function."""
 AXES: tuple[str, ...] = ("batch_size", "sequence_length")
 
 
@@ -107,8 +107,8 @@ class TorchEngine(Closing):
 
     def _compile(self, shapes: Shapes) -> tuple[Any, Any]:
         """For each of the announced shapes by itself, and for all others at once; with the first inference of each."""
-        limit = self._torch._dynamo.config
-        limit.recompile_limit = max(limit.recompile_limit, len(shapes.fixed) + SPARE_COMPILATIONS)
+        # Of one class of models all that are open count together, and beyond the limit PyTorch compiles no more.
+        self._torch._dynamo.config.recompile_limit += len(shapes.fixed) + SPARE_COMPILATIONS
         mode = "reduce-overhead" if self._device == "cuda" else "default"
         exact, general = (self._torch.compile(self._model, mode=mode, dynamic=dynamic) for dynamic in (False, True))
         return exact, general
