@@ -38,7 +38,7 @@ from serve.engines._torch_products import (
     load_torch,
     random_pair,
 )
-from serve.predict.run import rounds
+from serve.predict.products import rounds
 
 SCHEMA_VERSION = 1
 METHOD = (

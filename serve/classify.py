@@ -11,10 +11,14 @@ from typing import Any
 import numpy as np
 
 from pst.errors import ModelError
-from serve.closing import Closing
 from serve.describe import ModelFolder, describe
-from serve.engines import Array, Engine, open_engine
-from serve.text import TextEncoder, Tokens
+from serve.engines import ANY_SHAPE, Array, Engine, PreparedEngine, Shapes
+from serve.holder import EngineHolder
+from serve.padding import filled_shape
+from serve.text import TextEncoder, Tokens, shape_of
+
+WARM_UPS = 4
+"""Inferences of a shape after which the runtimes that record CUDA graphs have recorded it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,22 +43,30 @@ def softmax(logits: Array) -> Array:
     return np.asarray(shifted / shifted.sum(axis=-1, keepdims=True))
 
 
-class Classifier(Closing):
+class Classifier(EngineHolder):
     """A classifier or regressor that is ready to answer; close it, or use it in a ``with`` block.
 
-    *engine*: a name to open, or what is open already, which close then leaves alone.
+    *engine*: a name to open, or what is open already, which close then leaves alone. *shapes*: what an engine that is
+    opened here will be given; where it prepares for single ones, batches are filled up to them (serve/padding.py).
     Raises ArtifactError, ModelError or EngineError where the folder or the runtime is not usable.
     """
 
-    def __init__(self, path: Path, *, engine: str | Engine = "auto", threads: int = 0, verify: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        engine: str | Engine = "auto",
+        threads: int = 0,
+        shapes: Shapes = ANY_SHAPE,
+        verify: bool = False,
+    ) -> None:
         self.folder: ModelFolder = describe(path, verify=verify)
         if self.folder.task == "text_generation":
             raise ModelError(f"{path} is a language model; give a classifier or regressor.")
         self.encoder = TextEncoder(self.folder.path, max_length=self.folder.max_length)
-        self._opened = isinstance(engine, str)
-        self.engine: Engine = (
-            open_engine(self.folder.path, engine=engine, threads=threads) if isinstance(engine, str) else engine
-        )
+        super().__init__(self.folder.path, engine=engine, threads=threads, shapes=shapes)
+        self._announced = shapes.fixed
+        self._prepared = self._prepared_of(self.engine)
         if "logits" not in self.engine.outputs:
             self.close()
             raise ModelError(
@@ -62,9 +74,26 @@ class Classifier(Closing):
                 "export a model for sequence classification."
             )
 
+    def _prepared_of(self, engine: Engine) -> tuple[tuple[int, int], ...]:
+        """What batches may be filled up to; nothing where padding cannot be told from text."""
+        masked = "attention_mask" in engine.inputs and self.encoder.pad_id is not None
+        return engine.prepared_shapes if masked and self.opened_here and isinstance(engine, PreparedEngine) else ()
+
+    def warm_up(self) -> None:
+        """The first inferences: of one text, and of each shape that was announced."""
+        self.predict(["warm-up"])
+        (row,) = self.encoder.tokenize(["warm-up"])
+        for batch, tokens in self._announced:
+            whole = Tokens(ids=np.resize(row.ids, tokens), type_ids=np.resize(row.type_ids, tokens))  # unpadded
+            feeds = self.encoder.collate([whole] * batch, names=self.engine.inputs)
+            for _ in range(WARM_UPS):
+                self.engine.infer(feeds)
+
     def logits(self, rows: Sequence[Tokens]) -> Array:
         """One batch through the engine; (rows, labels) float32."""
-        logits = self.engine.infer(self.encoder.collate(rows, names=self.engine.inputs))["logits"]
+        shape = filled_shape(shape_of(rows), self._prepared)
+        logits = self.engine.infer(self.encoder.collate(rows, names=self.engine.inputs, shape=shape))["logits"]
+        logits = logits[: len(rows)]
         if logits.ndim != 2 or logits.shape[1] != self.folder.num_labels:
             raise ModelError(
                 f"{self.folder.path} gives logits of the shape {logits.shape}, not one column for each of its "
@@ -84,8 +113,3 @@ class Classifier(Closing):
             Prediction(label=labels[int(row.argmax())], scores=dict(zip(labels, row.tolist(), strict=True)), value=None)
             for row in softmax(logits)
         ]
-
-    def close(self) -> None:
-        """Free the engine, if it was opened here."""
-        if self._opened:
-            self.engine.close()

@@ -252,21 +252,23 @@ def serve(
 
     A language model is asked at /v1/generate: {"text": "...", "max_new_tokens": 64}, and with "stream": true answers
     token by token; "stop", "temperature", "top_p" and "seed" are there too.
-    The folder of a tuned.json names artifact, engine and threads itself.
+    The folder of a tuned.json names artifact, engine and threads itself, and the engine is opened as it was measured:
+    batches are filled up to the measured shapes where it has kernels of their own for them.
     """
     from serve.http.server import serve as run
-    from serve.tune.tuned import serving
+    from serve.tune.serving import serving
 
-    artifact, engine, threads = serving(artifact, engine=engine, threads=threads)
+    found = serving(artifact, engine=engine, threads=threads)
     run(
-        artifact,
+        found.path,
         host=host,
         port=port,
-        threads=threads,
+        threads=found.threads,
         max_batch_size=max_batch_size,
         max_queue_delay_ms=max_queue_delay_ms,
         max_queue_size=max_queue_size,
-        engine=engine,
+        engine=found.engine,
+        shapes=found.shapes,
     )
 
 

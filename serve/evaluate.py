@@ -70,6 +70,27 @@ class EvalResult:
         return stream.getvalue().rstrip("\n")
 
 
+class DataSet:
+    """What a DataSpec names, read at the first use and once, however many models are measured on it."""
+
+    def __init__(self, spec: DataSpec) -> None:
+        self.spec = spec
+        self._examples: Examples | None = None
+        self._documents: documents.Documents | None = None
+
+    def examples(self) -> Examples:
+        """For classifiers and regressors. Raises DataError."""
+        if self._examples is None:
+            self._examples = load_whole(self.spec)
+        return self._examples
+
+    def documents(self) -> documents.Documents:
+        """For language models. Raises DataError."""
+        if self._documents is None:
+            self._documents = documents.load_whole(self.spec)
+        return self._documents
+
+
 def run(classifier: Classifier, examples: Examples, *, batch_size: int) -> Array:
     """Logits of every example in the examples' order, (rows, labels) float32; batches hold texts of like length."""
     tokens = classifier.encoder.tokenize(examples.first, examples.second)
@@ -89,7 +110,7 @@ def run(classifier: Classifier, examples: Examples, *, batch_size: int) -> Array
 
 def evaluate(
     path: Path,
-    spec: DataSpec,
+    data: DataSpec | DataSet,
     *,
     engine: str | Engine = "auto",
     batch_size: int = 32,
@@ -98,6 +119,7 @@ def evaluate(
 ) -> EvalResult:
     """Measure a run, model or artifact folder on all rows of a file, or on a folder's or hub id's validation split.
 
+    *data*: where several models are measured on one, a DataSet, which is read once.
     *engine*: a name, or one that is open already and stays so.
     *predictions*: also write one JSON line per row, in the data's order: ``{"label", "prediction", "scores"}``, with
     class numbers and softmax scores, or the value and no scores where the task is regression.
@@ -105,13 +127,14 @@ def evaluate(
 
     Raises DataError, ModelError, ArtifactError, EngineError or ConfigError.
     """
+    data = data if isinstance(data, DataSet) else DataSet(data)
     if batch_size < 1:
         raise ConfigError(f"A batch of {batch_size} rows holds nothing; give --batch-size 1 or more.")
     if path.exists() and describe(path).task == "text_generation":
         if predictions is not None:
             raise ConfigError("--predictions writes the answers of classifiers and regressors; leave it out here.")
-        return _evaluate_language_model(path, spec, engine=engine, batch_size=batch_size, threads=threads)
-    examples = load_whole(spec)
+        return _evaluate_language_model(path, data, engine=engine, batch_size=batch_size, threads=threads)
+    examples = data.examples()
     with Classifier(path, engine=engine, threads=threads, verify=True) as classifier:
         folder = classifier.folder
         examples = _aligned(examples, folder, path)
@@ -120,7 +143,7 @@ def evaluate(
         seconds = time.perf_counter() - start
         engine_name = classifier.engine.name
     answers = logits[:, 0] if folder.task == "regression" else logits.argmax(axis=1)
-    headline = metrics.for_data(spec.data, folder.task, folder.num_labels)
+    headline = metrics.for_data(data.spec.data, folder.task, folder.num_labels)
     result = EvalResult(
         path=str(path),
         task=folder.task,
@@ -139,13 +162,13 @@ def evaluate(
     return result
 
 
-def check_data(path: Path, spec: DataSpec) -> None:
-    """Raise what evaluate would raise about *spec* for the folder *path*, before anything is opened."""
+def check_data(path: Path, data: DataSet) -> None:
+    """Raise what evaluate would raise about *data* for the folder *path*, before anything is opened."""
     folder = describe(path)
     if folder.task == "text_generation":
-        documents.load_whole(spec)
+        data.documents()
     else:
-        _aligned(load_whole(spec), folder, path)
+        _aligned(data.examples(), folder, path)
 
 
 def _aligned(examples: Examples, folder: ModelFolder, path: Path) -> Examples:
@@ -155,9 +178,9 @@ def _aligned(examples: Examples, folder: ModelFolder, path: Path) -> Examples:
 
 
 def _evaluate_language_model(
-    path: Path, spec: DataSpec, *, engine: str | Engine, batch_size: int, threads: int
+    path: Path, data: DataSet, *, engine: str | Engine, batch_size: int, threads: int
 ) -> EvalResult:
-    text = documents.load_whole(spec)
+    text = data.documents()
     with Generator(path, engine=engine, threads=threads, verify=True) as model:
         blocks = perplexity.blocks_of(model, text)
         start = time.perf_counter()

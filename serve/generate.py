@@ -17,24 +17,32 @@ import numpy as np
 from export import manifest
 from pst.errors import ArtifactError, ConfigError, DataError, ModelError
 from pst.files import read_json
-from serve.closing import Closing
 from serve.continuation import Continuation
 from serve.decoding import REMEDY, Decoding, has_cache
 from serve.describe import ModelFolder, describe
-from serve.engines import Engine, open_engine
+from serve.engines import ANY_SHAPE, Engine, Shapes
+from serve.holder import EngineHolder
 from serve.sampling import Sampling
 from serve.text import TextEncoder
 
 
-class Generator(Closing):
+class Generator(EngineHolder):
     """A language model that is ready to answer; close it, or use it in a ``with`` block.
 
-    *engine* and *threads* are those of serve.engines.open_engine, or *engine* is open already, and close leaves it
-    alone; *verify* compares the files with their SHA-256.
+    *engine*, *threads* and *shapes* are those of serve.engines.open_engine, or *engine* is open already, and close
+    leaves it alone; *verify* compares the files with their SHA-256.
     Raises ArtifactError, ModelError or EngineError where the folder or the runtime is not usable.
     """
 
-    def __init__(self, path: Path, *, engine: str | Engine = "auto", threads: int = 0, verify: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        engine: str | Engine = "auto",
+        threads: int = 0,
+        shapes: Shapes = ANY_SHAPE,
+        verify: bool = False,
+    ) -> None:
         made = manifest.load(path, verify=verify)
         if made.task != "text_generation":
             raise ModelError(f"{path} was exported for {made.task}; give the artifact of a causal language model.")
@@ -45,8 +53,7 @@ class Generator(Closing):
         """Tokens that end an answer; a text has one of them at most, as its last."""
         self.encoder = TextEncoder(path, max_length=None)
         self._pad_id = made.pad_token_id
-        self._opened = isinstance(engine, str)
-        self.engine: Engine = open_engine(path, engine=engine, threads=threads) if isinstance(engine, str) else engine
+        super().__init__(path, engine=engine, threads=threads, shapes=shapes)
         if not has_cache(self.engine.inputs):
             self.close()
             raise ArtifactError(f"{path} holds a graph without a key/value cache; {REMEDY}")
@@ -110,11 +117,6 @@ class Generator(Closing):
                 f"{name} has {length} tokens; with {max_new_tokens} new ones it must have 1 to "
                 f"{self.max_length - max_new_tokens}, since the model takes {self.max_length} in all."
             )
-
-    def close(self) -> None:
-        """Free the model, if it was opened here; safe to call twice."""
-        if self._opened:
-            self.engine.close()
 
 
 def _eos_ids(folder: Path) -> list[int]:

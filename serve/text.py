@@ -109,12 +109,18 @@ class TextEncoder:
             )
         return result
 
-    def collate(self, rows: Sequence[Tokens], *, names: Iterable[str]) -> dict[str, Array]:
-        """Pad *rows* to the longest; the inputs called *names*, each (rows, longest) int64."""
+    def collate(
+        self, rows: Sequence[Tokens], *, names: Iterable[str], shape: tuple[int, int] | None = None
+    ) -> dict[str, Array]:
+        """Pad *rows* to the longest; the inputs called *names*, each (rows, longest) int64.
+
+        *shape*: batch x tokens of the arrays, at least as large; the rows that are missing repeat the last one.
+        """
         if not rows:
             raise DataError("There is no text to encode; give at least one.")
+        count, longest = shape or shape_of(rows)
+        rows = [*rows, *[rows[-1]] * (count - len(rows))]
         lengths = [len(row) for row in rows]
-        longest = max(lengths)
         if self.pad_id is None and min(lengths) != longest:
             raise ModelError(
                 "The tokenizer has no padding token, so texts of different lengths cannot share a batch; "
@@ -139,6 +145,11 @@ class TextEncoder:
         """The text of each row of token ids, special tokens left out."""
         texts: list[str] = self._tokenizer.decode_batch([list(row) for row in rows], skip_special_tokens=True)
         return texts
+
+
+def shape_of(rows: Sequence[Tokens]) -> tuple[int, int]:
+    """Rows x tokens of the longest: the least that they can be collated to."""
+    return len(rows), max(len(row) for row in rows)
 
 
 def select_inputs(known: dict[str, Array], names: Iterable[str]) -> dict[str, Array]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from export import manifest
 from export.manifest import FILE_NAME, Manifest
-from pst.data import DataSpec, load_whole
+from pst.data import DataSpec
 from pst.errors import ArtifactError, ConfigError
 from pst.files import atomic_folder, refuse_existing, resolve_model
 from serve.bench.environment import environment
@@ -27,7 +27,7 @@ from serve.bench.workload import (
 )
 from serve.describe import ModelFolder, describe, vocab_size
 from serve.engines import Engine, Shapes, available_cpus, cache_inputs, open_engine
-from serve.evaluate import check_data, evaluate
+from serve.evaluate import DataSet, check_data, evaluate
 from serve.text import TextEncoder
 
 
@@ -79,9 +79,10 @@ def bench(
     # Recorded before the work below, so that the load average is not our own.
     machine = environment(command=command, threads=threads)
     folders = {name: describe_subject(path) for name, path in names.items()}
-    if data is not None:
+    texts = None if data is None else DataSet(data)
+    if texts is not None:
         for path in names.values():
-            _check_data(path, data)
+            _check_data(path, texts)
     gpu = open_gpu()
     memory = MemoryWatch(gpu)
     with contextlib.ExitStack() as stack:
@@ -100,7 +101,7 @@ def bench(
                 new_tokens = new_tokens if all_generate(engines) else 0
                 lengths = {name: opened.max_length for name, opened in engines.items()}
                 check_shapes(shapes, lengths, new_tokens=new_tokens)
-                workloads = workloads_of(shapes, names, folders, data, new_tokens=new_tokens)
+                workloads = workloads_of(shapes, names, folders, texts, new_tokens=new_tokens)
             one = Opening(
                 label="" if openings == 1 else f", opening {turn + 1} of {openings}",
                 warmup=warmup,
@@ -114,7 +115,9 @@ def bench(
             taken.append(one)
         measurements, stopped = together(taken, workloads)
         # After the times, because it leaves its shapes' buffers and CUDA graphs behind.
-        accuracy = {} if data is None else {name: _accuracy(path, data, engines[name]) for name, path in names.items()}
+        accuracy = (
+            {} if texts is None else {name: _accuracy(path, texts, engines[name]) for name, path in names.items()}
+        )
         subjects = tuple(
             _subject(name, path, folders[name], engines[name], accuracy=accuracy.get(name), memory=memory.found(name))
             for name, path in names.items()
@@ -177,13 +180,13 @@ def _subject(
     )
 
 
-def _check_data(path: Path, data: DataSpec) -> None:
+def _check_data(path: Path, data: DataSet) -> None:
     if path.is_file():
         raise ConfigError(f"{path} has no tokenizer beside it; give artifact folders together with --data.")
     check_data(path, data)
 
 
-def _accuracy(path: Path, data: DataSpec, engine: Engine) -> Accuracy:
+def _accuracy(path: Path, data: DataSet, engine: Engine) -> Accuracy:
     result = evaluate(path, data, engine=engine)
     return Accuracy(metric=result.metric, value=result.value, rows=result.rows, source=result.source)
 
@@ -203,7 +206,7 @@ def workloads_of(
     shapes: Sequence[Shape],
     names: Mapping[str, Path],
     folders: Mapping[str, ModelFolder | None],
-    data: DataSpec | None,
+    data: DataSet | None,
     *,
     new_tokens: int,
 ) -> list[Workload]:
@@ -218,6 +221,6 @@ def workloads_of(
     if data is not None:
         # One artifact's tokenizer serves all: the comparison wants the same tokens for each of them.
         encoder = TextEncoder(known[0].path, max_length=min(folder.max_length for folder in known))
-        examples = load_whole(data)
+        examples = data.examples()
         workloads.append(text_workload(encoder, examples.first, examples.second))
     return workloads

@@ -48,6 +48,8 @@ class Shapes:
     """Single tokens that a decoder reads after each of the fixed prompts."""
     spanned: bool = False
     """Whether to prepare once for all of the fixed ones, from the smallest to the largest: quicker than one by one."""
+    faster_sparse: tuple[str, ...] | None = None
+    """Weights that were found to be faster sparse at the fixed ones; None has torch's ``autotune`` measure."""
 
 
 ANY_SHAPE = Shapes()
@@ -135,6 +137,16 @@ class ProfilingEngine(Engine, Protocol):
         ...
 
 
+@runtime_checkable
+class PreparedEngine(Engine, Protocol):
+    """An engine that prepares for single shapes."""
+
+    @property
+    def prepared_shapes(self) -> tuple[tuple[int, int], ...]:
+        """Batch x tokens that it has kernels of their own for: a batch that is filled up to one of them runs those."""
+        ...
+
+
 class Cache(Protocol):
     """Keys and values of the rows that a decoder has read, where its runtime keeps them."""
 
@@ -189,8 +201,8 @@ def open_engine(path: Path, *, engine: str = "auto", threads: int = 0, shapes: S
 
     *engine*: ``auto`` takes ONNX Runtime (on a GPU where it can) for what holds ONNX, and PyTorch otherwise.
     *threads*: CPU threads of one inference; 0 takes every CPU that the process may use.
-    *shapes*: what it will be given; TensorRT tunes its plan for that, and ONNX Runtime on CUDA records
-    what it launches.
+    *shapes*: what it will be given; TensorRT tunes its plan for that, ONNX Runtime on CUDA records what it launches,
+    and PyTorch compiles for it, and times layers at it, where its variant says so.
 
     Raises EngineError for an unknown or missing runtime, ArtifactError and ModelError for a damaged folder.
     """

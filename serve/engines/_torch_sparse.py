@@ -6,7 +6,7 @@ pst predict searches, and says what a product would take.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from pst.progress import note
 PATTERN = "2:4"
 WRONG_FORM = "it is no nn.Linear"
 NOT_HELD = f"it does not hold {PATTERN}"
+NOT_CHOSEN = "it was not clearly faster sparse when it was tuned"
 
 
 @dataclass(kw_only=True)
@@ -42,10 +43,27 @@ def candidates(weights: Sequence[Any]) -> tuple[list[Any], dict[str, str]]:
     return found, others
 
 
-def compress_(torch: Any, weights: Sequence[Any], *, where: str) -> SparseWeights:
-    """Compress those of *weights*, fp16 on a GPU, that hold 2:4 and have a size that cuSPARSELt takes; says how many.
+@dataclass(frozen=True, kw_only=True)
+class Compressed:
+    """A weight that holds 2:4, as it is and compressed."""
 
-    Raises EngineError, naming *where*, without cuSPARSELt, and where no weight is compressed.
+    name: str
+    module: Any
+    dense: Any
+    """(outputs, inputs), fp16."""
+    sparse: Any
+
+    @property
+    def bias(self) -> Any:
+        """The layer's; None where it has none."""
+        return self.module.bias
+
+
+def compress(torch: Any, weights: Sequence[Any], *, where: str) -> tuple[list[Compressed], dict[str, str]]:
+    """Compress those of *weights*, fp16 on a GPU, that hold 2:4 and have a size that cuSPARSELt takes.
+
+    Also why each other one cannot be, by its name. Raises EngineError, naming *where*, without cuSPARSELt, and where no
+    weight is compressed.
     """
     if not torch.backends.cusparselt.is_available():
         raise EngineError(
@@ -53,23 +71,48 @@ def compress_(torch: Any, weights: Sequence[Any], *, where: str) -> SparseWeight
             "a GPU of compute capability 8.0 or higher, or choose the engine torch-cuda-fp16."
         )
     found, others = candidates(weights)
-    result = SparseWeights(dense=others)
+    result = []
     for each in found:
+        dense = each.weight.detach().contiguous()
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that its interface is a prototype
-                sparse = torch.sparse.to_sparse_semi_structured(each.weight.detach().contiguous())
+                sparse = torch.sparse.to_sparse_semi_structured(dense)
         except RuntimeError as error:  # of sizes that its kernels do not take
-            result.dense[each.name] = str(error).strip().splitlines()[0].rstrip(".")
+            others[each.name] = str(error).strip().splitlines()[0].rstrip(".")
             continue
-        each.module.weight = torch.nn.Parameter(sparse, requires_grad=False)
-        result.sparse.append(each.name)
-    reasons = [f"{name}: {why}" for name, why in result.dense.items()]
-    if not result.sparse:
+        result.append(Compressed(name=each.name, module=each.module, dense=dense, sparse=sparse))
+    if not result:
         raise EngineError(
-            f"No weight of {where} can run in 2:4 kernels ({reasons[0]}); train it with --pattern 2:4, or choose the "
-            "engine torch-cuda-fp16."
+            f"No weight of {where} can run in 2:4 kernels ({_first(others)}); train it with --pattern 2:4, or choose "
+            "the engine torch-cuda-fp16."
         )
-    rest = f"; {len(reasons)} stay dense ({reasons[0]})" if reasons else ""
-    note(f"{len(result.sparse)} of {len(weights)} prunable weights run in cuSPARSELt's 2:4 kernels{rest}.")
+    return result, others
+
+
+def install_(torch: Any, found: Sequence[Compressed], others: Mapping[str, str]) -> SparseWeights:
+    """Put each of *found* into its layer but those that *others* gives a reason to leave dense; says how many."""
+    result = SparseWeights(dense=dict(others))
+    for each in found:
+        if each.name not in others:
+            each.module.weight = torch.nn.Parameter(each.sparse, requires_grad=False)
+            result.sparse.append(each.name)
+    rest = f"; {len(others)} stay dense ({_first(others)})" if others else ""
+    count = len(result.sparse) + len(others)
+    note(f"{len(result.sparse)} of {count} prunable weights run in cuSPARSELt's 2:4 kernels{rest}.")
     return result
+
+
+def known_dense(found: Sequence[Compressed], chosen: Collection[str], *, where: str) -> dict[str, str]:
+    """Why each of *found* that is not *chosen* stays dense. Raises EngineError where one of *chosen* is not found."""
+    missing = sorted(set(chosen) - {each.name for each in found})
+    if missing or not chosen:
+        raise EngineError(
+            f"{where} was tuned with other weights in 2:4 kernels ({', '.join(missing) or 'none'}); run pst bench "
+            "--tune again."
+        )
+    return {each.name: NOT_CHOSEN for each in found if each.name not in chosen}
+
+
+def _first(reasons: Mapping[str, str]) -> str:
+    return next(f"{name}: {why}" for name, why in reasons.items())

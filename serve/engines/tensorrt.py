@@ -126,6 +126,11 @@ class TensorRTEngine(Closing):
             raise EngineError("The engine is closed; open it again.")
         return self._cuda
 
+    @property
+    def prepared_shapes(self) -> tuple[tuple[int, int], ...]:
+        """See PreparedEngine; none of a decoder, whose prompts and steps are no batches to be filled up."""
+        return tuple(each.usual for each in self.plan.profiles if each.is_fixed and each.past is None)
+
     def input_types(self) -> dict[str, str]:
         """numpy's names of what the plan itself takes, by input: int32 for int64 in TensorRT 8.6."""
         return {port.name: port.dtype for port in self._inputs}

@@ -2,7 +2,8 @@
 
 The only module of this layer that imports torch and transformers, and only once a model is opened.
 Variants: ``torch`` and ``auto`` use a GPU where there is one; ``torch-cpu`` and ``torch-cuda`` say which, and -fp16,
--compiled and -sparse say more, see _torch_variant.py. Products of float32 are never rounded to TensorFloat-32.
+-compiled, -sparse and -autotune say more, see _torch_variant.py. Products of float32 are never rounded to
+TensorFloat-32.
 """
 
 import importlib
@@ -18,10 +19,14 @@ from pst.files import refuse_language_model, resolve_model
 from serve.closing import Closing
 from serve.describe import max_positions
 from serve.engines import ANY_SHAPE, Array, Shapes, TensorSpec, check_feeds
-from serve.engines._torch_sparse import SparseWeights, compress_
-from serve.engines._torch_variant import parse_variant
+from serve.engines._torch_autotune import autotune, timer_of
+from serve.engines._torch_sparse import SparseWeights, compress, install_, known_dense
+from serve.engines._torch_variant import Variant, parse_variant
+from serve.layers import LayerTimes, dense_weights
 
 MISSING = 'PyTorch and transformers are needed for this; install them with: pip install "sparse-pst[train,cpu]".'
+SPARE_COMPILATIONS = 8
+"""Of one model, beside one for each shape that was announced: as many as PyTorch itself has for a function."""
 AXES: tuple[str, ...] = ("batch_size", "sequence_length")
 
 
@@ -50,10 +55,14 @@ class TorchEngine(Closing):
         self._model: Any = _load_model(self._torch, transformers, folder).to(self._device).eval()
         if asked.half:
             self._model = self._model.half()
-        self._sparse = self._compress(folder) if asked.sparse else None
+        self.layer_times: tuple[LayerTimes, ...] = ()
+        """Of ``autotune``, where it measured."""
+        self._sparse = self._compress(folder, asked, shapes) if asked.sparse else None
         config = self._model.config
+        self._exact: Any = None
+        self._prepared = shapes.fixed if asked.compiled else ()
         if asked.compiled:
-            self._model = self._compile(shapes)
+            self._exact, self._model = self._compile(shapes)
         self.load_ms = (time.perf_counter() - start) * 1000
         self.name = asked.name(self._device)
         self.threads = threads
@@ -79,17 +88,30 @@ class TorchEngine(Closing):
         """Of ``sparse``: why each other prunable weight does not, by its name."""
         return dict(self._sparse.dense) if self._sparse else {}
 
-    def _compress(self, folder: Path) -> SparseWeights:
+    def _compress(self, folder: Path, asked: Variant, shapes: Shapes) -> SparseWeights:
+        torch, where = self._torch, str(folder)
         prunable = importlib.import_module("pst.sparsify").prunable_weights(self._model)
-        return compress_(self._torch, prunable, where=str(folder))
+        found, others = compress(torch, prunable, where=where)
+        if asked.autotune and shapes.faster_sparse is not None:
+            others |= known_dense(found, shapes.faster_sparse, where=where)
+        elif asked.autotune:
+            timer = timer_of(torch, compiled=asked.compiled)
+            self.layer_times = autotune(torch, found, shapes=shapes, timer=timer, where=where)
+            others |= dense_weights(self.layer_times)
+        return install_(torch, found, others)
 
-    def _compile(self, shapes: Shapes) -> Any:
-        """Compiled with the first inference: for each of the announced shapes if there are no others, else for all."""
-        if not shapes.others:
-            limit = self._torch._dynamo.config
-            limit.recompile_limit = max(limit.recompile_limit, len(shapes.fixed) + 1)
+    @property
+    def prepared_shapes(self) -> tuple[tuple[int, int], ...]:
+        """See PreparedEngine: of ``compiled`` the shapes that were announced."""
+        return self._prepared
+
+    def _compile(self, shapes: Shapes) -> tuple[Any, Any]:
+        """For each of the announced shapes by itself, and for all others at once; with the first inference of each."""
+        # Of one class of models all that are open count together, and beyond the limit PyTorch compiles no more.
+        self._torch._dynamo.config.recompile_limit += len(shapes.fixed) + SPARE_COMPILATIONS
         mode = "reduce-overhead" if self._device == "cuda" else "default"
-        return self._torch.compile(self._model, mode=mode, dynamic=shapes.others)
+        exact, general = (self._torch.compile(self._model, mode=mode, dynamic=dynamic) for dynamic in (False, True))
+        return exact, general
 
     def infer(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """``logits``, shape (batch, labels); raises EngineError for feeds that do not fit."""
@@ -102,7 +124,8 @@ class TorchEngine(Closing):
         try:
             with torch.inference_mode():
                 tensors = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in feeds.items()}
-                logits = self._model(**{name: tensor.to(self._device) for name, tensor in tensors.items()}).logits
+                model = self._exact if feeds["input_ids"].shape in self._prepared else self._model
+                logits = model(**{name: tensor.to(self._device) for name, tensor in tensors.items()}).logits
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = str(error).strip().splitlines()[0].rstrip(".")
             raise EngineError(
@@ -112,7 +135,7 @@ class TorchEngine(Closing):
 
     def close(self) -> None:
         """Drop the model and its memory."""
-        self._model = None
+        self._model = self._exact = None
 
 
 def _load_model(torch: Any, transformers: Any, folder: Path) -> Any:

@@ -13,6 +13,7 @@ import asyncio
 import collections
 import contextlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
@@ -65,8 +66,10 @@ class Batcher(Worker, Generic[Item, Result]):
         self,
         run: Callable[[list[Item]], Sequence[Result]],
         options: BatchOptions,
+        *,
+        thread: ThreadPoolExecutor | None = None,
     ) -> None:
-        super().__init__(name="batcher")
+        super().__init__(name="batcher", thread=thread)
         self._run = run
         self._max_batch_size = options.max_batch_size
         self._max_queue_delay_s = options.max_queue_delay_ms / 1000

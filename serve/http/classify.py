@@ -7,6 +7,7 @@ A text longer than the model's max_length is cut, as in training. An empty text 
 nothing.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from starlette.requests import Request
@@ -28,12 +29,12 @@ class ClassifyService(ModelService[Classifier, Batcher[TextPair, Prediction]]):
     path = "/v1/classify"
 
     def warm_up(self, model: Classifier) -> None:
-        """One inference."""
-        model.predict(["warm-up"])
+        """See Classifier.warm_up."""
+        model.warm_up()
 
-    def make_worker(self, model: Classifier) -> Batcher[TextPair, Prediction]:
+    def make_worker(self, model: Classifier, thread: ThreadPoolExecutor) -> Batcher[TextPair, Prediction]:
         """Requests that come together share an inference."""
-        return Batcher(lambda texts: run_batch(model, texts), self.options)
+        return Batcher(lambda texts: run_batch(model, texts), self.options, thread=thread)
 
     def parse(self, body: bytes) -> list[TextPair]:
         """See parse_texts."""

@@ -17,6 +17,7 @@ import asyncio
 import json
 import math
 from collections.abc import AsyncIterator, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -60,9 +61,9 @@ class GenerateService(ModelService[Generator, Scheduler]):
         """A prompt and a token after it."""
         model.generate([[0]], max_new_tokens=min(2, model.max_length - 1))
 
-    def make_worker(self, model: Generator) -> Scheduler:
+    def make_worker(self, model: Generator, thread: ThreadPoolExecutor) -> Scheduler:
         """Texts of all requests grow together."""
-        return Scheduler(model.decoding, self.options)
+        return Scheduler(model.decoding, self.options, thread=thread)
 
     def parse(self, body: bytes) -> Question:
         """See parse_question."""

@@ -13,6 +13,7 @@ long prompt pads no other, and holds the others up once. Nobody waits for compan
 import asyncio
 import collections
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -59,8 +60,10 @@ class Answer:
 class Scheduler(Worker):
     """Rounds of one worker thread. All methods belong to one event loop."""
 
-    def __init__(self, decoding: Callable[[], Decoding], options: BatchOptions) -> None:
-        super().__init__(name="scheduler")
+    def __init__(
+        self, decoding: Callable[[], Decoding], options: BatchOptions, *, thread: ThreadPoolExecutor | None = None
+    ) -> None:
+        super().__init__(name="scheduler", thread=thread)
         self._new_decoding = decoding
         self._decoding = decoding()
         self._max_batch_size = options.max_batch_size

@@ -12,6 +12,7 @@ from typing import Any
 from pst.errors import ConfigError, EngineError
 from serve.classify import Classifier
 from serve.describe import describe
+from serve.engines import ANY_SHAPE, Shapes
 from serve.generate import Generator
 from serve.http.batcher import BatchOptions
 
@@ -61,9 +62,11 @@ def serve(
     max_queue_delay_ms: float = BatchOptions.max_queue_delay_ms,
     max_queue_size: int = BatchOptions.max_queue_size,
     engine: str = "auto",
+    shapes: Shapes = ANY_SHAPE,
 ) -> None:
     """Serve an artifact (or model) folder until SIGTERM or SIGINT; requests in flight are then finished.
 
+    *shapes*: what the engine is to prepare for, beside all others.
     Prints ``Serving NAME at http://HOST:PORT`` to stderr once the model is ready.
     Raises ConfigError, EngineError, ArtifactError or ModelError where it cannot start.
     """
@@ -78,7 +81,7 @@ def serve(
     from serve.http.lifecycle import run
 
     folder = describe(path)
-    opened: dict[str, Any] = {"engine": engine, "threads": threads, "verify": True}
+    opened: dict[str, Any] = {"engine": engine, "threads": threads, "shapes": shapes, "verify": True}
     with contextlib.closing(bind(host, port)) as listener:
         service: ClassifyService | GenerateService
         if folder.task == "text_generation":

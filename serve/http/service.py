@@ -3,6 +3,7 @@
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Generic, Protocol, TypeVar
 
 from starlette.requests import Request
@@ -38,7 +39,11 @@ WorkerType = TypeVar("WorkerType", bound=Worker)
 
 
 class ModelService(ABC, Generic[ModelType, WorkerType]):
-    """Loads a model in the background and answers through a worker. Implements serve.http.app.Service."""
+    """Loads a model in the background and answers through a worker. Implements serve.http.app.Service.
+
+    One thread loads it and makes all inferences: PyTorch keeps CUDA graphs by thread, and before 2.13 fails in any but
+    the one that compiled first (pytorch/pytorch issue 123177).
+    """
 
     path: str
 
@@ -49,14 +54,15 @@ class ModelService(ABC, Generic[ModelType, WorkerType]):
         self._model: ModelType | None = None
         self._worker: WorkerType | None = None
         self._closing = False
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
 
     @abstractmethod
     def warm_up(self, model: ModelType) -> None:
         """The first inferences, off the event loop."""
 
     @abstractmethod
-    def make_worker(self, model: ModelType) -> WorkerType:
-        """Not started yet."""
+    def make_worker(self, model: ModelType, thread: ThreadPoolExecutor) -> WorkerType:
+        """Not started yet; all its inferences are to run in *thread*."""
 
     @abstractmethod
     def parse(self, body: bytes) -> Any:
@@ -91,9 +97,10 @@ class ModelService(ABC, Generic[ModelType, WorkerType]):
 
     async def start(self) -> None:
         """Load the model and warm it up, off the event loop; raises what the loading raises."""
-        self._model = await asyncio.to_thread(self._load)
-        await asyncio.to_thread(self.warm_up, self._model)
-        worker = self.make_worker(self._model)
+        loop = asyncio.get_running_loop()
+        self._model = await loop.run_in_executor(self._thread, self._load)
+        await loop.run_in_executor(self._thread, self.warm_up, self._model)
+        worker = self.make_worker(self._model, self._thread)
         worker.start()
         self._worker = worker
 
@@ -102,6 +109,7 @@ class ModelService(ABC, Generic[ModelType, WorkerType]):
         self._closing = True
         if self._worker is not None:
             await self._worker.close()
+        self._thread.shutdown()
         if self._model is not None:
             self._model.close()
 

@@ -12,11 +12,11 @@ class ClosedError(Exception):
 class Worker(ABC):
     """Started once, closed once. All methods belong to one event loop."""
 
-    def __init__(self, *, name: str) -> None:
-        """*name* is the thread's."""
+    def __init__(self, *, name: str, thread: ThreadPoolExecutor | None = None) -> None:
+        """*thread*: one that close ends as well; None makes one of that *name*."""
         self._arrival = asyncio.Event()
         """Set where something came in, or the worker closes."""
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
+        self._executor = thread or ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
         self._task: asyncio.Task[None] | None = None
         self._closing = False
 

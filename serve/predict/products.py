@@ -5,20 +5,24 @@ nothing else in serve/ may import torch.
 """
 
 import importlib
+import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, Self, cast
 
 import numpy as np
 
 from pst.errors import EngineError
+from serve.bench.timing import Rule
 
 Call = Callable[[], float]
 """One pass, in milliseconds as the runtime's device took them."""
 Weights = Sequence["np.ndarray"]
 """Matrices (outputs, inputs) of one shape, float32: as many layers, so that caches are as cold as in a model."""
 SEED = 0
+WARMUP = 2
+"""Passes before the first round."""
 
 
 class Product(Protocol):
@@ -96,6 +100,26 @@ def timed(call: Callable[[], object]) -> Call:
         return (time.perf_counter() - start) * 1000
 
     return measured
+
+
+def rounds(calls: Mapping[str, Call], rule: Rule) -> tuple[dict[str, list[float]], float]:
+    """Rounds of one call each, every second one backwards, until *rule* says so: milliseconds by name, and seconds.
+
+    Each timed call follows one that is not, as in serve.bench.timing.measure_in_turn.
+    """
+    for call in calls.values():
+        for _ in range(WARMUP):
+            call()
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    begin = time.perf_counter()
+    for index in itertools.count():
+        for name, call in list(calls.items())[:: -1 if index % 2 else 1]:
+            call()
+            samples[name].append(call())
+        seconds = time.perf_counter() - begin
+        if rule.reached(samples, seconds=seconds):
+            break
+    return samples, seconds
 
 
 def random_weights(outputs: int, inputs: int, copies: int) -> list[np.ndarray]:

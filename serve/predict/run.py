@@ -13,8 +13,6 @@ and of a structured pattern, what attention and activations save with fewer head
 on the low side.
 """
 
-import itertools
-import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,12 +32,11 @@ from serve.describe import max_positions
 from serve.engines import available_cpus
 from serve.predict.linears import Linear, read_linears
 from serve.predict.masks import random_mask
-from serve.predict.products import SEED, Call, Product, Products, open_products, random_weights
+from serve.predict.products import SEED, Call, Product, Products, open_products, random_weights, rounds
 from serve.predict.result import LayerPrediction, Prediction, ShapePrediction
 
 CACHE_BYTES = 128 * 2**20
 """So many bytes of weights of one shape are kept, if the model has as many: more than most caches hold."""
-WARMUP = 2
 MODEL = "model"
 
 
@@ -189,23 +186,3 @@ def _speedup(samples: Mapping[str, Sequence[float]], pairs: Sequence[_Pair], *, 
         before.append(rest + sum(d))
         after.append(rest + sum(d[index] if index in dense else s[index] for index in range(len(pairs))))
     return compare_samples(before, after)
-
-
-def rounds(calls: Mapping[str, Call], rule: StopRule) -> tuple[dict[str, list[float]], float]:
-    """Rounds of one call each, every second one backwards, until *rule* says so: milliseconds by name, and seconds.
-
-    Each timed call follows one that is not, as in serve.bench.timing.measure_in_turn.
-    """
-    for call in calls.values():
-        for _ in range(WARMUP):
-            call()
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    begin = time.perf_counter()
-    for index in itertools.count():
-        for name, call in list(calls.items())[:: -1 if index % 2 else 1]:
-            call()
-            samples[name].append(call())
-        seconds = time.perf_counter() - begin
-        if rule.reached(samples, seconds=seconds):
-            break
-    return samples, seconds

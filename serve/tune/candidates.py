@@ -18,7 +18,12 @@ from serve.engines import Engine, Shapes, engine_names, open_engine
 AUTO = {
     ("onnx", True): ("onnxruntime-cuda", "tensorrt", "onnxruntime-cpu"),
     ("onnx", False): ("onnxruntime-cpu",),
-    ("torch", True): ("torch-cuda", "torch-cuda-fp16-compiled", "torch-cuda-sparse-compiled"),
+    ("torch", True): (
+        "torch-cuda",
+        "torch-cuda-fp16-compiled",
+        "torch-cuda-sparse-compiled",
+        "torch-cuda-sparse-autotune-compiled",
+    ),
     ("torch", False): ("torch-cpu",),
 }
 """Engines that ``auto`` tries, by what the folder holds and whether there is an NVIDIA GPU."""

@@ -78,7 +78,8 @@ def tune(
     found = candidates(paths, engine=engine)
     machine = environment(command=command, threads=threads)
     with contextlib.ExitStack() as stack:
-        planned = Shapes(fixed=tuple(shapes), others=False, new_tokens=new_tokens, spanned=spanned)
+        # With all others as well, as pst serve will open it: what is measured is what is served.
+        planned = Shapes(fixed=tuple(shapes), others=True, new_tokens=new_tokens, spanned=spanned)
         engines, left_out = open_candidates(found, stack, threads=threads, shapes=planned)
         opened = [each for each in found if each.name in engines]
         new_tokens = new_tokens if all_generate(engines) else 0
@@ -91,6 +92,7 @@ def tune(
         budget_s -= sum(each.seconds for each in searches)
         finals = _measure(opened, engines, workloads, searches, rule, budget_s=max(0.0, budget_s))
         told = reasons(opened, engines, workloads, profile=receipt)
+        layers = {name: each for name, one in engines.items() if (each := getattr(one, "layer_times", None))}
     times = None
     if counts is not None:
         reference = _reference(opened)
@@ -105,9 +107,9 @@ def tune(
     ]
     whole = _decide_overall(opened, searches, finals, workloads, told, times)
     tuned = Tuned(
-        environment=machine, threads=threads, spanned=spanned, candidates=tuple(opened), left_out=tuple(left_out),
-        by="geometric mean" if times is None else "traffic", workloads=tuple(parts), overall=whole,
-        advice=tuple(advice([*parts, whole], told, opened)),
+        environment=machine, folder=output, threads=threads, spanned=spanned, candidates=tuple(opened),
+        left_out=tuple(left_out), layers=layers, by="geometric mean" if times is None else "traffic",
+        workloads=tuple(parts), overall=whole, advice=tuple(advice([*parts, whole], told, opened)),
     )  # fmt: skip
     with atomic_folder(output, overwrite=overwrite) as folder:
         tuned.write(folder)

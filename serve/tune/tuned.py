@@ -1,22 +1,18 @@
 """tuned.json: what was chosen for each workload and for all of them, what lost and why, and on what machine.
 
-``serve`` takes such a file in place of an artifact, and runs the choice for all workloads.
+``serve`` takes such a file in place of an artifact, and runs the choice for all workloads (serve/tune/serving.py).
 """
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pst.errors import ArtifactError, ConfigError, RunError
-from pst.files import read_json, write_json
-from pst.progress import note
-from serve.bench.comparison import differences
-from serve.bench.environment import environment
+from pst.files import write_json
 from serve.bench.timing import EQUAL_WITHIN, Latency, Speedup
-from serve.engines import available_cpus
-from serve.tune.candidates import Candidate, LeftOut, fingerprint
+from serve.layers import LayerTimes
+from serve.tune.candidates import Candidate, LeftOut
 from serve.tune.overall import Mean
 
 SCHEMA_VERSION = 1
@@ -29,7 +25,6 @@ METHOD = (
     f"ratio's 95% interval lies above {1 + EQUAL_WITHIN:.2f}. Over all workloads it must not be slower at any of them "
     "either. Else dense is kept."
 )
-_REMEDY = "give the tuned.json that pst bench --tune wrote, or the folder that holds it."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +94,6 @@ class Decision:
             "engine": self.chosen.engine,
             "threads": threads,
             "speedup": None if self.speedup is None else self.speedup.to_json(),
-            "command": serve_command(self.chosen, threads=threads),
             "note": self.note,
             "rows": [row.to_json() for row in self.rows],
         }
@@ -110,10 +104,14 @@ class Tuned:
     """Everything that tuning found."""
 
     environment: dict[str, Any]
+    folder: Path
+    """Where tuned.json is to lie."""
     threads: int
     spanned: bool
     candidates: tuple[Candidate, ...]
     left_out: tuple[LeftOut, ...]
+    layers: Mapping[str, Sequence[LayerTimes]]
+    """By candidate: the layers that its engine timed, to choose which run sparse; only of those that did."""
     by: Mean
     """How the workloads count together."""
     workloads: tuple[Decision, ...]
@@ -121,9 +119,21 @@ class Tuned:
     advice: tuple[str, ...] = ()
     """Sentences on what the choice may rest on besides zeros, and what to try."""
 
+    @property
+    def command(self) -> str:
+        """The command line that serves the choice for all workloads as it was tuned."""
+        return shlex.join(["pst", "serve", str(self.folder)])
+
     def to_json(self) -> dict[str, Any]:
         """The content of tuned.json."""
-        rows = [{**asdict(each), "path": str(each.path.resolve())} for each in self.candidates]
+        rows = [
+            {
+                **asdict(each),
+                "path": str(each.path.resolve()),
+                "layers": [layer.to_json() for layer in self.layers.get(each.name, ())],
+            }
+            for each in self.candidates
+        ]
         return {
             "schema_version": SCHEMA_VERSION,
             "environment": self.environment,
@@ -132,53 +142,19 @@ class Tuned:
             "candidates": rows,
             "left_out": [asdict(each) for each in self.left_out],
             "by": self.by,
-            "workloads": [each.to_json(threads=self.threads) for each in self.workloads],
-            OVERALL: self.overall.to_json(threads=self.threads),
+            "workloads": [self._decision(each) for each in self.workloads],
+            OVERALL: {**self._decision(self.overall), "command": self.command},
             "advice": list(self.advice),
         }
+
+    def _decision(self, decision: Decision) -> dict[str, Any]:
+        layers = self.layers.get(decision.chosen.name, ())
+        sparse = [name for layer in layers if layer.is_sparse for name in layer.weights]
+        return {**decision.to_json(threads=self.threads), "faster_sparse": sparse if layers else None}
 
     def write(self, folder: Path) -> None:
         """Write tuned.json into an existing folder."""
         write_json(folder / TUNED_NAME, self.to_json())
-
-
-def serve_command(candidate: Candidate, *, threads: int) -> str:
-    """The command line that serves a candidate."""
-    words = ["pst", "serve", str(candidate.path), "--engine", candidate.engine, "--threads", str(threads)]
-    return shlex.join(words)
-
-
-def serving(path: Path, *, engine: str, threads: int) -> tuple[Path, str, int]:
-    """The artifact, engine and threads to serve; *path* is an artifact, or a tuned.json or the folder that holds one.
-
-    Of a tuned.json they are its choice for all workloads, and a note tells what differs from the machine it was made
-    on. Raises RunError for what is no tuned.json, ArtifactError where the artifact is gone or has changed since, and
-    ConfigError where *engine* or *threads* are given beside it.
-    """
-    file = path / TUNED_NAME if (path / TUNED_NAME).is_file() else path
-    if not file.is_file() or file.suffix != ".json":
-        return path, engine, threads
-    if engine != "auto" or threads:
-        raise ConfigError(f"{file} names the engine and its threads; leave --engine and --threads out, or tune again.")
-    tuned = read_json(file, RunError, _REMEDY)
-    version, choice = tuned.get("schema_version"), tuned.get(OVERALL)
-    if not isinstance(version, int) or not isinstance(choice, dict):
-        raise RunError(f"{file} is not the result of a tuning; {_REMEDY}")
-    if version > SCHEMA_VERSION:
-        raise RunError(f"{file} has schema version {version}, this program reads up to {SCHEMA_VERSION}; update it.")
-    try:
-        artifact, engine, threads = Path(choice["artifact"]), str(choice["engine"]), int(choice["threads"])
-        before, expected = dict(tuned["environment"]), str(choice["fingerprint"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{file} is not a whole tuned.json ({error!r}); run pst bench --tune again.") from error
-    if not artifact.exists() or fingerprint(artifact) != expected:
-        state = "has changed since" if artifact.exists() else "is not there any more"
-        raise ArtifactError(f"{artifact}, which {file} chose, {state}; run pst bench --tune again.")
-    now = environment(command="", threads=min(threads, available_cpus()))
-    for each in differences(before, now):
-        note(f"Tuned elsewhere: {each}. Run pst bench --tune here.")
-    note(f"{file} chose {choice['chosen']} ({artifact}).")
-    return artifact, engine, threads
 
 
 def decisions(tuned: Tuned) -> Sequence[Decision]:

@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from serve.bench.report_tables import known_columns, show_ratio
 from serve.bench.timing import Speedup
+from serve.layers import describe_layers
 from serve.tune.candidates import Candidate
 from serve.tune.reasons import Reason
 from serve.tune.search import Choice
-from serve.tune.tuned import OVERALL, Decision, Row, Tuned, decisions, serve_command
+from serve.tune.tuned import OVERALL, Decision, Row, Tuned, decisions
 
 BUT = ", but not the fastest"
 FINDINGS = {
@@ -133,17 +134,18 @@ def _cells(candidate: Candidate, row: Row) -> list[str]:
 
 
 def sentences(tuned: Tuned) -> list[str]:
-    """What was chosen, why zeros saved nothing, who was left out, and how to serve the choice."""
+    """What was chosen, why zeros saved nothing, which layers run sparse, who was left out, how to serve the choice."""
     said = [each.note for each in tuned.workloads]
     zeros: dict[str, list[str]] = {}
     for row in (row for decision in tuned.workloads for row in decision.rows if row.zeros):
         zeros.setdefault(row.zeros, []).append(row.candidate)
     said += [f"{', '.join(dict.fromkeys(names))}: {reason}." for reason, names in zeros.items()]
+    said += [f"Layers of {name}: {describe_layers(layers)}." for name, layers in tuned.layers.items()]
     missing: dict[tuple[str, str], list[str]] = {}
     for each in tuned.left_out:
         missing.setdefault((each.engine, each.why), []).append(each.artifact)
     said += [f"Left out: {', '.join(names)} on {engine}. {reason}" for (engine, reason), names in missing.items()]
     said += tuned.advice
     said += [verdict(each) for each in decisions(tuned)]
-    said.append(f"Serve it: {serve_command(tuned.overall.chosen, threads=tuned.threads)}")
+    said.append(f"Serve it: {tuned.command}")
     return said

@@ -131,11 +131,12 @@ def _timings(key: PlanKey) -> str:
 
 
 def _built(folder: Path, key: PlanKey, wanted: tuple[Profile, ...]) -> tuple[Profile, ...]:
-    """The profiles of the newest plan that is like *key* and has all of *wanted*; empty without one.
+    """The profiles of the plan that is like *key* and has just *wanted*, or of the newest that has more; else empty.
 
     Without any that are wanted: of one that takes all shapes from 1x1 on, so that what ``pst export --format tensorrt
     --profile`` built is found by whoever opens the artifact.
     """
+    found: list[tuple[Profile, ...]] = []
     for path in sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime, reverse=True):
         try:
             record = read_json(path, EngineError, _REMEDY)
@@ -147,8 +148,8 @@ def _built(folder: Path, key: PlanKey, wanted: tuple[Profile, ...]) -> tuple[Pro
         profiles = tuple(Profile.from_json(each) for each in record["shapes"])
         anything = len(profiles) == 1 and profiles[0].smallest == (1, 1) and not profiles[0].is_fixed
         if set(wanted) <= set(profiles) if wanted else anything:
-            return profiles
-    return ()
+            found.append(profiles)
+    return wanted if wanted in found else next(iter(found), ())
 
 
 def build_plan(

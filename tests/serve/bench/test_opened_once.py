@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 import serve.bench.runner
-import serve.classify
-import serve.generate
-from pst.data import DataSpec
+import serve.evaluate
+import serve.holder
+from pst.data import DataSpec, Examples, load_whole
 from pst.errors import ConfigError, DataError
 from serve.bench.runner import bench
 from serve.engines import open_engine
 from serve.evaluate import evaluate
 
-MODULES = (serve.bench.runner, serve.classify, serve.generate)
+MODULES = (serve.bench.runner, serve.holder)
 
 
 @pytest.fixture
@@ -42,6 +42,26 @@ def test_classifiers(
     for path, subject in zip(paths, report.subjects, strict=True):
         assert subject.accuracy is not None
         assert subject.accuracy.value == evaluate(path, data, threads=1).value
+
+
+def test_the_data_set_is_read_once(
+    bert_artifact: Path, sparse_artifact: Path, reviews_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[DataSpec] = []
+
+    def count(spec: DataSpec) -> Examples:
+        read.append(spec)
+        return load_whole(spec)
+
+    monkeypatch.setattr(serve.evaluate, "load_whole", count)
+    data = DataSpec(data=str(reviews_file))
+    report = bench(
+        [bert_artifact, sparse_artifact], shapes=[(1, 8)], output=tmp_path / "r", threads=1, warmup=1, runs=1,
+        precision=0, data=data, receipt=False,
+    )  # fmt: skip
+    assert read == [data]
+    assert all(subject.accuracy is not None for subject in report.subjects)
+    assert {each.workload for each in report.measurements} == {"1x8", "1 x text"}
 
 
 def test_an_engine_that_was_given_stays_open(bert_artifact: Path, reviews_file: Path, opened: Counter[str]) -> None:

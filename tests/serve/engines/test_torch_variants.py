@@ -12,7 +12,16 @@ from transformers import AutoModelForSequenceClassification
 from pst.errors import EngineError, ModelError
 from pst.sparsify import prunable_weights
 from serve.engines import Shapes, open_engine
-from serve.engines._torch_sparse import NOT_HELD, WRONG_FORM, candidates, compress_
+from serve.engines._torch_sparse import (
+    NOT_CHOSEN,
+    NOT_HELD,
+    WRONG_FORM,
+    Compressed,
+    candidates,
+    compress,
+    install_,
+    known_dense,
+)
 from serve.engines._torch_variant import parse_variant
 from serve.engines.torch import TorchEngine
 
@@ -38,6 +47,8 @@ def _feeds(rows: int, tokens: int) -> dict[str, np.ndarray]:
         ("sparse", "cuda", "torch-cuda-sparse"),
         ("cuda-compiled-sparse", "cuda", "torch-cuda-sparse-compiled"),
         ("cuda-sparse-fp16", "cuda", "torch-cuda-sparse"),
+        ("autotune-sparse", "cuda", "torch-cuda-sparse-autotune"),
+        ("cuda-sparse-autotune-compiled", "cuda", "torch-cuda-sparse-autotune-compiled"),
     ],
 )
 def test_words_in_any_order(text: str, device: str, name: str) -> None:
@@ -51,6 +62,11 @@ def test_words_in_any_order(text: str, device: str, name: str) -> None:
 def test_words_that_are_none(text: str) -> None:
     with pytest.raises(EngineError, match=f"torch-{text} is not an engine; choose torch"):
         parse_variant(text)
+
+
+def test_only_sparse_has_something_to_tune() -> None:
+    with pytest.raises(EngineError, match="torch-cuda-autotune has nothing to tune; choose torch-cuda-sparse-autotune"):
+        parse_variant("cuda-autotune")
 
 
 @pytest.mark.parametrize("text", ["cpu-fp16", "sparse-cpu"])
@@ -105,7 +121,32 @@ def test_candidates_are_those_that_hold_2_4(sparse_model: Callable[..., Path], t
 def test_without_cusparselt(sparse_model: Callable[..., Path]) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(sparse_model("2:4"))
     with pytest.raises(EngineError, match="no cuSPARSELt for this GPU"):
-        compress_(torch, prunable_weights(model), where="model")
+        compress(torch, prunable_weights(model), where="model")
+
+
+def _compressed(*names: str) -> list[Compressed]:
+    """Layers in which a weight of zeros stands for the compressed one."""
+    layers = {name: torch.nn.Linear(4, 8) for name in names}
+    return [
+        Compressed(name=name, module=each, dense=each.weight.detach(), sparse=torch.zeros(8, 4))
+        for name, each in layers.items()
+    ]
+
+
+def test_what_stays_dense_keeps_its_weight(capsys: pytest.CaptureFixture[str]) -> None:
+    found = _compressed("a", "b", "c")
+    result = install_(torch, found, {"d": WRONG_FORM, **known_dense(found, ["c", "a"], where="model")})
+    assert result.sparse == ["a", "c"]
+    assert result.dense == {"d": WRONG_FORM, "b": NOT_CHOSEN}
+    assert [bool((each.module.weight == 0).all()) for each in found] == [True, False, True]
+    assert torch.equal(found[1].module.weight, found[1].dense)
+    assert "2 of 4 prunable weights run in cuSPARSELt's 2:4 kernels; 2 stay dense (d: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("chosen", "named"), [(["a", "z"], "z"), ([], "none")])
+def test_a_choice_of_another_model(chosen: list[str], named: str) -> None:
+    with pytest.raises(EngineError, match=rf"2:4 kernels \({named}\); run pst bench --tune again"):
+        known_dense(_compressed("a"), chosen, where="model")
 
 
 @on_gpu
@@ -124,6 +165,37 @@ def test_sparse_kernels_give_the_answers_of_dense_ones(
         for shape in ((1, 4), (3, 9), (16, 32), (1, 4)):
             expected = dense.infer(_feeds(*shape))["logits"]
             np.testing.assert_allclose(sparse.infer(_feeds(*shape))["logits"], expected, atol=2e-2)
+
+
+@on_gpu
+@pytest.mark.parametrize("compiled", ["", "-compiled"])
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores", "ignore:The CUDA Graph is empty")  # advice, in torch
+def test_layers_run_as_they_were_chosen(sparse_model: Callable[..., Path], compiled: str) -> None:
+    folder, name = sparse_model("2:4"), f"torch-cuda-sparse-autotune{compiled}"
+    with pytest.raises(EngineError, match="depends on the shapes, and none are announced; serve the folder"):
+        open_engine(folder, engine=name)
+    with open_engine(folder, engine="torch-cuda-sparse") as all_sparse:
+        assert isinstance(all_sparse, TorchEngine)
+        weights = sorted(all_sparse.sparse_weights)
+    shapes = Shapes(fixed=((16, 32),))
+    try:
+        with open_engine(folder, engine=name, shapes=shapes) as measured:
+            assert isinstance(measured, TorchEngine)
+            chosen = {weight for each in measured.layer_times if each.is_sparse for weight in each.weights}
+            assert measured.sparse_weights == chosen
+    except EngineError as error:  # layers so small are seldom faster
+        assert "is clearly faster sparse at 16x32: " in str(error)  # noqa: PT017 - which of the two, the GPU decides
+    known = Shapes(fixed=((16, 32),), faster_sparse=tuple(weights[:2]))
+    with (
+        open_engine(folder, engine="torch-cuda-fp16") as dense,
+        open_engine(folder, engine=name, shapes=known) as one,
+    ):
+        assert isinstance(one, TorchEngine)
+        assert one.layer_times == ()
+        assert sorted(one.sparse_weights) == weights[:2]
+        for shape in ((16, 32), (16, 32), (16, 32), (16, 32), (3, 9)):
+            expected = dense.infer(_feeds(*shape))["logits"]
+            np.testing.assert_allclose(one.infer(_feeds(*shape))["logits"], expected, atol=2e-2)
 
 
 @on_gpu

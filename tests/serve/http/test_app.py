@@ -3,7 +3,8 @@
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from starlette.responses import Response
 
 from pst.errors import ConfigError
 from serve.classify import Classifier
+from serve.engines import Array
 from serve.http.app import MAX_BODY_BYTES, create_app
 from serve.http.batcher import BatchOptions, QueueFullError
 from serve.http.classify import ClassifyService
 from serve.http.worker import ClosedError
+from serve.text import Tokens
 
 Body = dict[str, Any]
 
@@ -61,6 +64,30 @@ def test_classify_one_and_many(bert_artifact: Path) -> None:
             assert sum(answer["scores"].values()) == pytest.approx(1.0, abs=1e-12)
 
     with_client(bert_artifact, scenario)
+
+
+def test_one_thread_loads_and_infers(bert_artifact: Path) -> None:
+    threads: list[int] = []
+
+    class Watched(Classifier):
+        def __init__(self) -> None:
+            threads.append(threading.get_ident())
+            super().__init__(bert_artifact, threads=1)
+
+        def logits(self, rows: Sequence[Tokens]) -> Array:
+            threads.append(threading.get_ident())
+            return super().logits(rows)
+
+    async def main() -> None:
+        service = ClassifyService("tiny", Watched, BatchOptions())
+        await service.start()
+        await service.worker.submit([("lovely film", None)])
+        await service.close()
+
+    asyncio.run(main())
+    assert len(threads) == 3
+    assert len(set(threads)) == 1
+    assert threading.get_ident() not in threads
 
 
 def test_pairs(bert_artifact: Path) -> None:

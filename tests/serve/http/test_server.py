@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from pst.errors import ConfigError, EngineError
+from serve.classify import Classifier
 from serve.http.client import ask
 from serve.http.process import running_server
 from serve.http.server import address_of, bind, serve
@@ -89,6 +90,20 @@ def test_parallel_requests_equal_single_ones(url: str) -> None:
     for one, other in zip(single, parallel, strict=True):
         assert one["label"] == other["label"]
         assert one["scores"] == pytest.approx(other["scores"], abs=1e-5)
+
+
+def test_cuda_graphs_of_a_compiled_model(tiny_bert: Path) -> None:
+    """PyTorch keeps them by thread: what loads, compiles and answers has to be one."""
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("PyTorch sees no CUDA device")
+    texts = ["film", "a lovely film", "a dull story of war"] * 4
+    with Classifier(tiny_bert, engine="torch-cpu") as exact:
+        expected = [exact.predict([text])[0] for text in texts]
+    with running_server(tiny_bert, engine="torch-cuda-compiled", threads=1) as address:
+        for text, reference in zip(texts, expected, strict=True):
+            (answer,) = ask(address, text)["predictions"]
+            assert answer["scores"] == pytest.approx(reference.scores, abs=5e-3)
 
 
 def test_bad_bytes_on_the_wire(url: str) -> None:

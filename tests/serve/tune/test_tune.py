@@ -14,11 +14,12 @@ from pst.files import write_json
 from pst.patterns.structured import Structured
 from pst.result import sparsity_of
 from pst.sparsify import merge_, set_sparsity_, sparsify_
-from serve.engines import Array, Engine, TensorSpec
+from serve.engines import Array, Engine, Shapes, TensorSpec
+from serve.layers import LayerTimes
 from serve.tune import candidates as candidates_module
 from serve.tune.candidates import candidates
 from serve.tune.run import tune
-from serve.tune.tuned import serving
+from serve.tune.serving import Serving, serving
 from serve.tune.words import render, sentences
 
 from ...command_line import done
@@ -112,10 +113,12 @@ def test_the_fastest_is_chosen_and_the_others_say_why(
     assert [each.chosen.path for each in (*found.workloads, found.overall)] == [structured_artifact] * 3
     report = written(tmp_path / "tuned")
     assert report["schema_version"] == 1
+    assert report["overall"]["command"] == f"pst serve {tmp_path / 'tuned'}"
     for part in (*report["workloads"], report["overall"]):
         assert not part["keeps_dense"]
         assert part["speedup"]["low"] > 1.9
-        assert part["command"].startswith(f"pst serve {structured_artifact} --engine onnxruntime-cpu --threads ")
+        assert part["artifact"] == str(structured_artifact)
+        assert part["engine"] == "onnxruntime-cpu"
         rows = {row["candidate"]: row for row in part["rows"]}
         sparse = rows[f"{sparse_artifact.name} on onnxruntime-cpu"]
         assert sparse["why"].startswith(("no faster than dense", "not clearly faster than dense"))
@@ -240,10 +243,14 @@ def test_serving_takes_what_was_chosen(
     copy = Path(shutil.copytree(structured_artifact, tmp_path / "structured"))
     clock = timed(lambda name, batch: 10.0 if name == bert_artifact.name else 5.0)
     tune([bert_artifact, copy], shapes=SHAPES, output=tmp_path / "tuned", clock=clock, threads=1)
-    assert serving(tmp_path / "tuned", engine="auto", threads=0) == (copy, "onnxruntime-cpu", 1)
-    assert serving(tmp_path / "tuned" / "tuned.json", engine="auto", threads=0) == (copy, "onnxruntime-cpu", 1)
-    assert serving(bert_artifact, engine="torch", threads=3) == (bert_artifact, "torch", 3)
-    assert "Tuned elsewhere" not in capsys.readouterr().err
+    chosen = Serving(path=copy, engine="onnxruntime-cpu", threads=1, shapes=Shapes(fixed=tuple(SHAPES)))
+    assert serving(tmp_path / "tuned", engine="auto", threads=0) == chosen
+    assert serving(tmp_path / "tuned" / "tuned.json", engine="auto", threads=0) == chosen
+    plain = Serving(path=bert_artifact, engine="torch", threads=3)
+    assert serving(bert_artifact, engine="torch", threads=3) == plain
+    said = capsys.readouterr().err
+    assert f"chose structured on onnxruntime-cpu ({copy}), measured at 1x8, 4x16." in said
+    assert "Tuned elsewhere" not in said
     with pytest.raises(ConfigError, match="leave --engine and --threads out"):
         serving(tmp_path / "tuned", engine="torch", threads=0)
     report = written(tmp_path / "tuned")
@@ -256,6 +263,25 @@ def test_serving_takes_what_was_chosen(
     shutil.rmtree(copy)
     with pytest.raises(ArtifactError, match="is not there any more"):
         serving(tmp_path / "tuned", engine="auto", threads=0)
+
+
+def test_which_layers_run_sparse_is_written_and_served(
+    timed: Timed, bert_artifact: Path, structured_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, fast = {"1x8": (2.0,) * 60}, {"1x8": (1.0,) * 60}
+    layers = (
+        LayerTimes(outputs=8, inputs=4, weights=("a", "c"), dense=slow, sparse=fast),
+        LayerTimes(outputs=4, inputs=8, weights=("b",), dense=fast, sparse=slow),
+    )
+    monkeypatch.setattr(StandIn, "layer_times", layers, raising=False)
+    clock = timed(lambda name, batch: 10.0 if name == bert_artifact.name else 5.0)
+    found = tune([bert_artifact, structured_artifact], shapes=SHAPES, output=tmp_path / "t", clock=clock, threads=1)
+    report = written(tmp_path / "t")
+    assert report["overall"]["faster_sparse"] == ["a", "c"]
+    row = next(each for each in report["candidates"] if each["artifact"] == "structured")
+    assert [(each["weights"], each["is_sparse"]) for each in row["layers"]] == [(["a", "c"], True), (["b"], False)]
+    assert "Layers of structured on onnxruntime-cpu: 8 x 4 sparse (2.00×), 4 x 8 dense (0.50×)." in sentences(found)
+    assert serving(tmp_path / "t", engine="auto", threads=0).shapes.faster_sparse == ("a", "c")
 
 
 @pytest.mark.parametrize(
@@ -284,7 +310,7 @@ def test_which_engines_auto_tries(
     for each in found:
         assert not (each.is_dense and "sparse" in each.engine), "2:4 kernels refuse a model without zeros"
     assert [each.engine for each in found if each.path == paths[3]] == [
-        "torch-cuda", "torch-cuda-fp16-compiled", "torch-cuda-sparse-compiled",
+        "torch-cuda", "torch-cuda-fp16-compiled", "torch-cuda-sparse-compiled", "torch-cuda-sparse-autotune-compiled",
     ]  # fmt: skip
     assert [each.engine for each in found if each.path == bert_artifact] == [
         "onnxruntime-cuda", "tensorrt", "onnxruntime-cpu",

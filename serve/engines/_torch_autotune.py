@@ -1,0 +1,105 @@
+"""Times each layer of a PyTorch model dense and in 2:4 kernels, as the model itself runs it, at the announced shapes.
+
+A product is nn.functional.linear with the layer's own weight and bias, dense or compressed: the very kernels of the
+engine, cuSPARSELt's default algorithm among them. All weights of one shape are multiplied one after another, so that
+they come from memory as in the model. What runs between the layers is left out; a sparse product's result lies in
+columns, and what reads it next may take longer for that. pst bench --tune measures the whole model after this.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from pst.errors import EngineError
+from serve.bench.stopping import StopRule
+from serve.engines import Shapes
+from serve.engines._torch_products import GpuTimer
+from serve.engines._torch_sparse import Compressed
+from serve.layers import LayerTimes, describe_layers
+from serve.predict.products import Call, rounds, timed
+
+ROUNDS = 60
+Timer = Callable[[Callable[[], object]], Call]
+"""From what launches products to what runs and times it."""
+
+
+def autotune(
+    torch: Any, found: Sequence[Compressed], *, shapes: Shapes, timer: Timer, where: str
+) -> tuple[LayerTimes, ...]:
+    """The times of all layers of *found*, by shape of the layer.
+
+    Raises EngineError, naming *where*, where no shapes are announced, and where no layer is faster sparse.
+    """
+    if not shapes.fixed:
+        raise EngineError(
+            f"Which layers of {where} are faster sparse depends on the shapes, and none are announced; serve the "
+            "folder that pst bench --tune wrote, or choose the engine torch-cuda-sparse."
+        )
+    layers = time_layers(torch, found, shapes=shapes.fixed, timer=timer)
+    if not any(each.is_sparse for each in layers):
+        named = ", ".join(f"{batch}x{tokens}" for batch, tokens in shapes.fixed)
+        raise EngineError(
+            f"No layer of {where} is clearly faster sparse at {named}: {describe_layers(layers)}; choose the engine "
+            "torch-cuda-fp16."
+        )
+    return layers
+
+
+def time_layers(
+    torch: Any, found: Sequence[Compressed], *, shapes: Sequence[tuple[int, int]], timer: Timer
+) -> tuple[LayerTimes, ...]:
+    """Dense and sparse in turn, at each of *shapes* (batch, tokens)."""
+    groups: dict[tuple[int, int], list[Compressed]] = {}
+    for each in found:
+        outputs, inputs = each.dense.shape
+        groups.setdefault((outputs, inputs), []).append(each)
+    calls: dict[str, Call] = {}
+    for size, group in groups.items():
+        for batch, tokens in shapes:
+            first = group[0].dense
+            value = torch.randn((batch, tokens, size[1]), device=first.device, dtype=first.dtype)
+            for kind in ("dense", "sparse"):
+                weights = [(getattr(each, kind), each.bias) for each in group]
+                calls[_name(size, (batch, tokens), kind)] = timer(_products(torch, value, weights))
+    samples, _ = rounds(calls, StopRule(runs=ROUNDS, precision=0.0, budget_s=math.inf))
+    return tuple(
+        LayerTimes(
+            outputs=size[0], inputs=size[1], weights=tuple(each.name for each in group),
+            dense=_of(samples, size, shapes, "dense"), sparse=_of(samples, size, shapes, "sparse"),
+        )
+        for size, group in groups.items()
+    )  # fmt: skip
+
+
+def timer_of(torch: Any, *, compiled: bool) -> Timer:
+    """The GPU's own time, as a CUDA graph has it; of a model that is not *compiled*, with the host's launches."""
+    if compiled:
+        return GpuTimer(torch).call
+
+    def wall_clock(run: Callable[[], object]) -> Call:
+        def call() -> None:
+            run()
+            torch.cuda.synchronize()
+
+        return timed(call)
+
+    return wall_clock
+
+
+def _products(torch: Any, value: Any, weights: Sequence[tuple[Any, Any]]) -> Callable[[], None]:
+    def run() -> None:
+        with torch.inference_mode():
+            for weight, bias in weights:
+                torch.nn.functional.linear(value, weight, bias)
+
+    return run
+
+
+def _name(size: tuple[int, int], shape: tuple[int, int], kind: str) -> str:
+    return f"{size} {shape} {kind}"
+
+
+def _of(
+    samples: Mapping[str, Sequence[float]], size: tuple[int, int], shapes: Sequence[tuple[int, int]], kind: str
+) -> dict[str, tuple[float, ...]]:
+    return {f"{shape[0]}x{shape[1]}": tuple(samples[_name(size, shape, kind)]) for shape in shapes}
