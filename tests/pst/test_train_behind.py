@@ -153,7 +153,9 @@ def test_scores_alone_that_are_not_finite_end_the_run(
 
     monkeypatch.setattr(pst.train, "sparsify_", kept)
     before_step(monkeypatch, poison)
-    config = options(tiny_bert, reviews_file, steps=4, batch_size=2, calibration=0, checkpoint_every=every, **RAMP)
+    given = {"steps": 4, "batch_size": 2, "calibration": 0, "checkpoint_every": every}
+    given |= {"device": "cuda" if torch.cuda.is_available() else "cpu"}  # where there is a GPU, nothing is interpreted
+    config = options(tiny_bert, reviews_file, **(RAMP | given))
     with kernels.forced(True), behind(), pytest.raises(RunError, match=f"at step {at}\\."):
         train(config, tmp_path / "out")
     assert checkpoint_steps(tmp_path / "out") == ([at - 1, at][-2:] if at < 4 else [2, 3]) * every
@@ -183,12 +185,14 @@ def test_the_processor_never_waits_for_the_gpu(
             slept[-1].record()
         gpu.set_sync_debug_mode("error" if first <= step < last else "default")
 
-    before_step(monkeypatch, watch)
     held_out = write_reviews(tmp_path / "held_out.jsonl", rows=16, seed=4)
     sparsity = {} if changes.get("method") == "dense" or changes.get("pattern") == "2:4" else {"sparsity": 0.5}
     given = {"steps": 24, "validation": str(held_out), "device": "cuda", "checkpoint_every": 0, "calibration": 0}
+    config = options(tiny_bert, reviews_file, **(RAMP | given | sparsity | changes))
+    train(config, tmp_path / "before")  # kernels are compiled and loaded on their first use, which may wait
+    before_step(monkeypatch, watch)
     try:
-        train(options(tiny_bert, reviews_file, **(RAMP | given | sparsity | changes)), tmp_path / "out")
+        train(config, tmp_path / "out")
     finally:
         gpu.set_sync_debug_mode("default")
     assert len(slept) == last - first + 3
