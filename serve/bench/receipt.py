@@ -66,6 +66,16 @@ class Layer:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Other:
+    """What the runtime ran besides: layers of one kind that compute with none of these weights."""
+
+    operator: str
+    count: int
+    time_ms: float
+    """Of all of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Receipt:
     """All weights of one artifact on one workload."""
 
@@ -74,11 +84,20 @@ class Receipt:
     total_ms: float
     """All nodes together, with the profiler on; a little more than an inference without it."""
     layers: tuple[Layer, ...]
+    others: tuple[Other, ...] = ()
+    """The longest first."""
+    baseline_total_ms: float | None = None
+    """The same total of the baseline; None of the baseline itself."""
 
     @property
     def layers_ms(self) -> float:
         """The time of the layers that could be told apart."""
         return sum(layer.time_ms or 0.0 for layer in self.layers)
+
+    @property
+    def others_ms(self) -> float:
+        """The time of what computes with none of these weights."""
+        return sum(other.time_ms for other in self.others)
 
     @property
     def limit(self) -> float | None:
@@ -108,6 +127,8 @@ class Receipt:
             workload=value["workload"],
             total_ms=value["total_ms"],
             layers=tuple(Layer(**layer) for layer in layers),
+            others=tuple(Other(**other) for other in value.get("others", ())),
+            baseline_total_ms=value.get("baseline_total_ms"),
         )
 
 
@@ -132,12 +153,19 @@ def receipts(
                 note(f"No receipt: {error}")
                 return tuple(found)
             before: dict[str, Layer] = {}
+            baseline: float | None = None
             for name, (times, explain) in ran.items():
-                layers = _layers(manifests[name], times, before, explain)
+                made = Receipt(
+                    artifact=name,
+                    workload=workload.name,
+                    total_ms=sum(each.time_ms for each in times),
+                    layers=_layers(manifests[name], times, before, explain),
+                    others=_others(times),
+                    baseline_total_ms=baseline,
+                )
                 if name == next(iter(engines)):
-                    before = {layer.weight: layer for layer in layers}
-                total = sum(each.time_ms for each in times)
-                found.append(Receipt(artifact=name, workload=workload.name, total_ms=total, layers=layers))
+                    before, baseline = {layer.weight: layer for layer in made.layers}, made.total_ms
+                found.append(made)
             advance(1, workload.name)
     return tuple(found)
 
@@ -190,6 +218,15 @@ def _layers(
             )
         )
     return tuple(layers)
+
+
+def _others(ran: Sequence[LayerTime]) -> tuple[Other, ...]:
+    kinds: dict[str, list[float]] = {}
+    for each in ran:
+        if not each.weights:
+            kinds.setdefault(each.operator, []).append(each.time_ms)
+    found = [Other(operator=kind, count=len(times), time_ms=sum(times)) for kind, times in kinds.items()]
+    return tuple(sorted(found, key=lambda other: -other.time_ms))
 
 
 def _dense(weight: WeightInfo, before: Layer | None) -> Verdict:

@@ -1,8 +1,12 @@
 """A receipt for people: its layers as tables, by kind and one by one, and what follows from it in sentences."""
 
 import itertools
+from collections.abc import Iterator
 
 from serve.bench.receipt import Layer, Receipt, groups, size
+
+TOLD, WORTH_TELLING = 4, 0.03
+"""Of what computes with no weight: so many kinds at most, and those of such a share of the time."""
 
 
 def receipt_table(receipt: Receipt) -> tuple[list[str], list[list[str]]]:
@@ -59,13 +63,30 @@ def _chosen(layer: Layer) -> str:
 
 def summary(receipt: Receipt) -> str:
     """How much of the time is in these layers, why zeros saved none of it, and what would."""
-    sentences = [_share(receipt)]
+    sentences = [_share(receipt), *_rest(receipt)]
     saving = [layer for layer in receipt.layers if not layer.sparse_kernel]
     sentences += [f"{why}." for why in dict.fromkeys(layer.why for layer in saving if layer.is_sparse)]
     sentences += [
         f"What would use these zeros: {each}." for each in dict.fromkeys(x.advice for x in saving if x.advice)
     ]
     return " ".join(sentence[0].upper() + sentence[1:] for sentence in sentences)
+
+
+def _rest(receipt: Receipt) -> Iterator[str]:
+    """What else takes time, and whether that alone takes longer than the whole baseline."""
+    told = [other for other in receipt.others[:TOLD] if other.time_ms >= WORTH_TELLING * receipt.total_ms]
+    if told:
+        parts = ", ".join(f"{other.count} x {other.operator} {other.time_ms:.2f}" for other in told)
+        yield f"{receipt.others_ms:.2f} ms go to what computes with none of them: {parts}."
+    ran = sum(layer.sparse_kernel for layer in receipt.layers)
+    if ran:
+        yield f"Sparse kernels ran in {ran} of {sum(layer.is_sparse for layer in receipt.layers)} layers with zeros."
+    baseline = receipt.baseline_total_ms
+    if ran and baseline is not None and receipt.others_ms > baseline:
+        yield (
+            f"What computes with no weight takes longer than all of the baseline ({baseline:.2f} ms), so that no "
+            "sparse kernel can make up for it: fusions that the baseline has are lost in this form."
+        )
 
 
 def _share(receipt: Receipt) -> str:

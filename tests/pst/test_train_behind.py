@@ -153,7 +153,7 @@ def test_scores_alone_that_are_not_finite_end_the_run(
 
     monkeypatch.setattr(pst.train, "sparsify_", kept)
     before_step(monkeypatch, poison)
-    given = {"steps": 4, "batch_size": 2, "calibration": 0, "checkpoint_every": every}
+    given: dict[str, Any] = {"steps": 4, "batch_size": 2, "calibration": 0, "checkpoint_every": every}
     given |= {"device": "cuda" if torch.cuda.is_available() else "cpu"}  # where there is a GPU, nothing is interpreted
     config = options(tiny_bert, reviews_file, **(RAMP | given))
     with kernels.forced(True), behind(), pytest.raises(RunError, match=f"at step {at}\\."):

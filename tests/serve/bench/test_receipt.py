@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from export import manifest
 from export.manifest import WeightInfo
 from pst.errors import EngineError
-from serve.bench.receipt import Layer, Receipt, _layers, groups, receipts
+from serve.bench.receipt import Layer, Other, Receipt, _layers, groups, receipts
 from serve.bench.receipt_text import layer_table, receipt_table, summary
 from serve.bench.workload import random_workload
 from serve.engines import Array, LayerTime, Verdict, open_engine
@@ -61,6 +61,44 @@ def test_the_baseline_stands_beside(found: tuple[Receipt, ...]) -> None:
     assert {layer.why for layer in dense.layers} == {"there are no zeros to speak of"}
     assert {layer.baseline_ms for layer in dense.layers} == {None}
     assert {layer.advice for layer in dense.layers} == {""}
+
+
+def test_what_computes_with_no_weight_is_told_too(found: tuple[Receipt, ...]) -> None:
+    dense, sparse = found
+    for receipt in found:
+        assert receipt.layers_ms + receipt.others_ms == pytest.approx(receipt.total_ms)
+        times = [other.time_ms for other in receipt.others]
+        assert times == sorted(times, reverse=True)
+        counts = {other.operator: other.count for other in receipt.others}
+        assert counts["Softmax"] == 2  # a tiny BERT of two layers
+    assert (dense.baseline_total_ms, sparse.baseline_total_ms) == (None, dense.total_ms)
+    longest = sparse.others[0]
+    assert f"{longest.count} x {longest.operator} {longest.time_ms:.2f}" in summary(sparse)
+    assert "Sparse kernels ran" not in summary(sparse)
+
+
+@pytest.mark.parametrize(("baseline", "lost"), [(0.61, True), (1.2, False), (None, False)])
+def test_sparse_kernels_that_cannot_make_up_for_lost_fusions(baseline: float | None, lost: bool) -> None:
+    one: dict[str, Any] = {"shape": (64, 64), "pattern": "2:4", "operator": "CaskConvolution", "baseline_ms": None}
+    one |= {"why": "", "advice": ""}
+    layers = (
+        Layer(weight="a", density=0.5, time_ms=0.5, sparse_kernel=True, **one),
+        Layer(weight="b", density=0.5, time_ms=0.1, sparse_kernel=False, **one),
+        Layer(weight="c", density=1.0, time_ms=0.0, sparse_kernel=False, **one),
+    )
+    others = (
+        Other(operator="Softmax", count=12, time_ms=0.7),
+        Other(operator="Reformat", count=48, time_ms=0.3),
+        Other(operator="Slice", count=1, time_ms=0.01),
+    )
+    receipt = Receipt(
+        artifact="a", workload="1x8", total_ms=1.61, layers=layers, others=others, baseline_total_ms=baseline
+    )
+    said = summary(receipt)
+    assert "1.01 ms go to what computes with none of them: 12 x Softmax 0.70, 48 x Reformat 0.30." in said
+    assert "Sparse kernels ran in 1 of 2 layers with zeros." in said
+    assert ("takes longer than all of the baseline (0.61 ms)" in said) == lost
+    assert Receipt.from_json(json.loads(json.dumps(receipt.to_json()))) == receipt
 
 
 def test_layers_of_a_kind_are_one_row(found: tuple[Receipt, ...]) -> None:
