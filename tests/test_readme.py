@@ -138,11 +138,39 @@ def test_the_table_of_runtimes_is_that_of_the_committed_reports(engine: str, tit
         assert _cells(table, words) == found[artifact]
 
 
-def test_two_of_four_as_convolutions_is_what_was_measured() -> None:
-    found = _runtimes("tensorrt_spanned")
+def test_other_linear_forms_are_what_was_measured() -> None:
+    found = _runtimes("forms_tensorrt")
     text = " ".join(README.split())
-    assert "2:4 is {}, {} and {} as fast as dense in TensorRT 8.6".format(*found["2of4-conv"]) in text
-    assert "dense take {}, {} and {} ms".format(*(cell.removesuffix(" ms") for cell in found["dense"])) in text
+    assert "makes of MatMul: {}, {} and {}.".format(*found["2of4-gemm"]) in text
+    assert "2:4 is {}, {} and {} as fast as dense".format(*found["2of4-conv"]) in text
+    assert "as slow, {}, {} and {} (".format(*found["dense-conv"]) in text
+    report = json.loads((ROOT / "benchmarks/runtimes_forms_tensorrt_h100_202611.json").read_text(encoding="utf-8"))
+    ran = [sum(layer["sparse_kernel"] for layer in each["layers"]) for each in report["receipts"]
+           if each["artifact"] == "2of4-conv"]  # fmt: skip
+    assert ran == [72] * 5
+
+
+def test_a_wide_model_in_two_of_four_is_what_was_measured() -> None:
+    path = ROOT / "benchmarks/tuned_wide_torch-cuda_h100_202611.json"
+    report = json.loads(path.read_text(encoding="utf-8"))
+    small, large = report["workloads"]
+    assert (small["workload"], small["speedup"], large["workload"]) == ("8x128", None, "64x128")
+    rows = {row["candidate"]: row["speedup"] for row in large["rows"]}
+    chosen, every = (rows[f"2of4 on torch-cuda-sparse{more}-compiled"] for more in ("-autotune", ""))
+    text = " ".join(README.split())
+    assert "is {:.2f}× ({:.2f} to {:.2f}) as fast".format(*(chosen[name] for name in ("ratio", "low", "high"))) in text
+    zeros = rows["2of4 on torch-cuda-fp16-compiled"]["ratio"]
+    assert f"and {every['ratio']:.2f}× with all twelve ({zeros:.2f}× with the same zeros in dense kernels)" in text
+    layers = next(each["layers"] for each in report["candidates"] if each["layers"])
+    assert sum(len(layer["weights"]) for layer in layers) == 12
+    assert sum(len(layer["weights"]) for layer in layers if layer["is_sparse"]) == 4
+
+
+def test_steps_that_wait_for_nothing_take_what_was_measured() -> None:
+    path = ROOT / "benchmarks/train_step_waitless_h100_202611.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    found = [f"{row['step_ms']['median']:.1f}" for row in rows if row["kind"] == "pst"]
+    assert "takes {} and {} ms in TF32, {} and {} in bf16 now".format(*found) in " ".join(README.split())
 
 
 def _runtimes(name: str) -> dict[str, list[str]]:
