@@ -9,8 +9,14 @@ The optimizer has to be the callback's, because scores, updates and the rest hav
 Trainer's scheduler scales; ``learning_rate`` of the TrainingArguments is not used. The Trainer's checkpoints hold masks
 and low-rank tensors, and ``resume_from_checkpoint`` goes on with them. The calibration of ``pst train`` is
 not part of it.
+
+Masks are chosen without waiting for a GPU, but for a global budget and pattern structured. The Trainer itself waits at
+every step by default, to copy a batch and to look at its loss: ``accelerator_config={"non_blocking": True}`` and
+``logging_nan_inf_filter=False`` leave that out.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +26,14 @@ from torch import nn
 from transformers import TrainerCallback
 
 from pst.distributed import Processes
-from pst.errors import ConfigError
+from pst.errors import ConfigError, ModelError
 from pst.files import atomic_folder, write_json
 from pst.methods import Method
 from pst.methods.pst import PST
 from pst.patterns import parse_pattern
 from pst.result import sparsity_of, versions
 from pst.schedule import CubicSchedule
-from pst.sparsify import merge_, set_sparsity_, sparsify_
+from pst.sparsify import MaskCheck, merge_, set_sparsity_, sparsify_
 
 
 class PSTCallback(TrainerCallback):  # type: ignore[misc]
@@ -71,6 +77,7 @@ class PSTCallback(TrainerCallback):  # type: ignore[misc]
         sparsify_(model, method=self.method, pattern=pattern)
         self.optimizer = torch.optim.AdamW(self.method.param_groups(model), weight_decay=weight_decay)
         self._merged = False
+        self._pending: tuple[int, MaskCheck] | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Raise ConfigError where the Trainer would train something else, or keep something else."""
@@ -87,17 +94,36 @@ class PSTCallback(TrainerCallback):  # type: ignore[misc]
             )
         if self._merged:
             raise ConfigError("This callback's masks are merged; make a new PSTCallback to train again.")
+        self._pending = None  # of a run that was broken off
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Choose the masks for the optimizer step that begins; state.global_step steps are done."""
+        """Choose the masks for the optimizer step that begins; state.global_step steps are done.
+
+        Raises ModelError where it is known already that scores are not finite: on a GPU this does not wait for it.
+        """
         if state.global_step % self.mask_every == 0:
-            self._choose(CubicSchedule(**self._shape, steps=state.max_steps)(state.global_step))
+            self._choose(state.global_step, CubicSchedule(**self._shape, steps=state.max_steps)(state.global_step))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Raise ModelError where the step's scores were not finite, before the Trainer evaluates or saves.
+
+        A GPU has the whole step to work on meanwhile: this waits for no more than the masks at its beginning.
+        """
+        self._check()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """As on_step_end, for a step that was broken off while it accumulated gradients."""
+        self._check()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Choose the last masks and merge them: the model is plain again. A run that was stopped is merged as it is."""
+        """Choose the last masks and merge them: the model is plain again. A run that was stopped is merged as it is.
+
+        Raises ModelError, before merging, where the last scores are not finite.
+        """
         finished = state.global_step >= state.max_steps
         if finished:
-            self._choose(self.sparsity)
+            self._choose(state.global_step, self.sparsity)
+            self._check()
         merge_(self.model)
         self._merged = finished
 
@@ -117,7 +143,26 @@ class PSTCallback(TrainerCallback):  # type: ignore[misc]
                 tokenizer.save_pretrained(partial)
             write_json(partial / "sparsity.json", report | {"versions": versions()})
 
-    def _choose(self, sparsity: float) -> None:
-        set_sparsity_(self.model, sparsity)
+    def _choose(self, step: int, sparsity: float) -> None:
+        """Choose the masks, and keep for ``_check`` what a GPU has yet to say about their scores."""
+        with _naming(step):
+            self._pending = (step, set_sparsity_(self.model, sparsity, wait=False))
         if dist.is_initialized():
             Processes(rank=dist.get_rank(), count=dist.get_world_size()).share_masks_(self.model)
+
+    def _check(self) -> None:
+        """Raise ModelError where the masks that were chosen last mean nothing."""
+        if self._pending is not None:
+            step, check = self._pending
+            self._pending = None
+            with _naming(step):
+                check.check()
+
+
+@contextmanager
+def _naming(step: int) -> Iterator[None]:
+    """Within: a ModelError says at which *step* it was, as many as were done before."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"Step {step}: {error}") from error

@@ -1,6 +1,8 @@
 """The callback in a real Trainer against a plain loop of the verbs that it stands for."""
 
+import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +10,10 @@ import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from pst import kernels
 from pst.callback import PSTCallback
 from pst.errors import ConfigError, ModelError, PatternError
+from pst.masked_weight import MaskedWeight
 from pst.materialize import masked_weights
 from pst.methods.magnitude import Magnitude
 from pst.methods.pst import PST
@@ -171,6 +175,75 @@ def test_evaluating_in_between_changes_nothing(tiny_bert: Path, tmp_path: Path) 
         trainer(model, pst, tmp_path / name, **changes).train()
         ends.append(state(model))
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+class Stages(TrainerCallback):  # type: ignore[misc]
+    """Behind a PSTCallback: notes where the Trainer has come to, and spoils a score for the masks of step *at*."""
+
+    def __init__(self, model: Any, at: int) -> None:
+        self.model, self.at = model, at
+        self.begun: list[int] = []
+        self.evaluated: list[int] = []
+        self.saved: list[int] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        self.begun.append(state.global_step)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        self.evaluated.append(state.global_step)
+
+    def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        self.saved.append(state.global_step)
+        if state.global_step == self.at:
+            part = next(part for part in self.model.modules() if isinstance(part, MaskedWeight))
+            part.get_buffer("Q")[0] = math.nan
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["at once", "later"])
+@pytest.mark.parametrize("at", [1, 2, 4])
+def test_scores_that_are_not_finite_end_the_run_before_it_evaluates_or_saves(
+    at: int, later: bool, tiny_bert: Path, tmp_path: Path
+) -> None:
+    """With the kernels, as on a GPU, a step begins before it is known; the last masks (4) belong to no step."""
+    if later:
+        pytest.importorskip("triton", reason="the kernels need Triton")
+    device = "cuda" if later and torch.cuda.is_available() else "cpu"  # where there is a GPU, nothing is interpreted
+    model = loaded(tiny_bert)
+    pst = PSTCallback(model, sparsity=0.8)
+    stages = Stages(model, at)
+    every = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    given = {"max_steps": 4, "per_device_train_batch_size": 2, "use_cpu": device == "cpu"}
+    run = trainer(model, pst, tmp_path / "run", stages, **every, **given)
+    with kernels.forced(True) if later else nullcontext(), pytest.raises(
+        ModelError, match=rf"^Step {at}: The scores of .*\.weight hold NaN or infinity: training diverged"
+    ):  # fmt: skip
+        run.train()
+    assert stages.begun == list(range(at + 1 if later and at < 4 else at))
+    assert stages.evaluated == stages.saved == list(range(1, at + 1))
+    assert sorted(folder.name for folder in (tmp_path / "run").iterdir()) == [
+        f"checkpoint-{step}" for step in range(1, at + 1)
+    ]
+    with pytest.raises(ConfigError, match="not come to its end"):
+        pst.save(tmp_path / "out")
+
+
+def test_a_step_that_is_broken_off_is_looked_at_all_the_same(tiny_bert: Path, tmp_path: Path) -> None:
+    """It is stopped while it accumulates gradients, and the epoch's end would save it."""
+    pytest.importorskip("triton", reason="the kernels need Triton")
+
+    class Stop(TrainerCallback):  # type: ignore[misc]
+        def on_substep_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            control.should_training_stop = True
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = loaded(tiny_bert)
+    pst = PSTCallback(model, sparsity=0.8)
+    next(part for part in model.modules() if isinstance(part, MaskedWeight)).get_buffer("Q")[0] = math.nan
+    given = {"gradient_accumulation_steps": 2, "save_strategy": "epoch", "use_cpu": device == "cpu"}
+    run = trainer(model, pst, tmp_path / "run", Stop(), per_device_train_batch_size=2, **given)
+    with kernels.forced(True), pytest.raises(ModelError, match=r"^Step 0: The scores of "):
+        run.train()
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_what_cannot_be(tiny_bert: Path, tmp_path: Path) -> None:
