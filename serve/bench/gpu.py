@@ -20,6 +20,10 @@ ENERGY_S = 1.0
 """Least seconds between the first and the last reading of energy: the counter moves every 20 to 100 ms."""
 ENERGY_MOST_S = 5.0
 READ_EVERY_S = 0.005
+LOOKS, BETWEEN_LOOKS_S = 4, 0.4
+"""At how busy a GPU is: together longer than the second that a driver's reading may be of."""
+BUSY = 5
+"""Per cent from which on other programs count."""
 
 
 class Gpu(Protocol):
@@ -40,11 +44,21 @@ class Gpu(Protocol):
         """Of the multiprocessors, now."""
         ...
 
+    def busy(self) -> int | None:
+        """Per cent of the last moments, a second at most, in which a kernel of whatever program ran."""
+        ...
+
 
 class _Memory(ctypes.Structure):
     """nvmlMemory_t."""
 
     _fields_ = (("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong))
+
+
+class _Utilization(ctypes.Structure):
+    """nvmlUtilization_t."""
+
+    _fields_ = (("gpu", ctypes.c_uint), ("memory", ctypes.c_uint))
 
 
 class Nvml:
@@ -80,6 +94,11 @@ class Nvml:
         found = self._read("nvmlDeviceGetClockInfo", ctypes.c_uint(), ctypes.c_int(SM_CLOCK))
         return None if found is None else int(found.value)
 
+    def busy(self) -> int | None:
+        """nvmlDeviceGetUtilizationRates."""
+        found = self._read("nvmlDeviceGetUtilizationRates", _Utilization())
+        return None if found is None else int(found.gpu)
+
     def _read(self, function: str, result: Any, *arguments: Any) -> Any:
         """*result*, filled; None where the driver lacks the function or refuses it for this GPU."""
         call = getattr(self._library, function, None)
@@ -109,6 +128,10 @@ class Smi:
         """clocks.sm."""
         return self._read("clocks.sm")
 
+    def busy(self) -> int | None:
+        """utilization.gpu."""
+        return self._read("utilization.gpu")
+
     def _read(self, field: str) -> int | None:
         lines = query(field, "--format=csv,noheader,nounits", "-i", self._identifier)
         return int(lines[0]) if lines and lines[0].isdigit() else None
@@ -126,6 +149,33 @@ def open_gpu() -> Gpu | None:
         except (OSError, AttributeError):
             continue
     return None
+
+
+def others_busy(gpu: Gpu | None, *, sleep: Callable[[float], object] = time.sleep) -> int | None:
+    """Per cent of the time in which other programs kept *gpu* busy: the least of some readings over a second.
+
+    This process must start nothing on it meanwhile; what it did before has left the readings by the last of them.
+    """
+    least: int | None = None
+    for look in range(LOOKS if gpu is not None else 0):
+        if look:
+            sleep(BETWEEN_LOOKS_S)
+        value = gpu.busy() if gpu is not None else None
+        if not value:
+            return value
+        least = value if least is None else min(least, value)
+    return least
+
+
+def busy_note(before: int | None, after: int | None) -> str | None:
+    """A sentence about other programs on the GPU before and after a measurement, where there were any."""
+    most = max(before or 0, after or 0)
+    if most < BUSY:
+        return None
+    return (
+        f"Other programs kept the GPU busy for {most}% of the time right before or after the measurement, so that "
+        "times are longer and scatter; stop them, and measure again."
+    )
 
 
 def gpus() -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from pst.files import write_json
 from pst.markdown import markdown_table
-from serve.bench.gpu import Energy
+from serve.bench.gpu import Energy, busy_note
 from serve.bench.html import page
 from serve.bench.memory import Memory
 from serve.bench.receipt import Receipt
@@ -159,11 +159,12 @@ class Report:
         return [verdict(subject, self.of(subject.name), baseline=baseline) for subject in self.subjects[1:]]
 
     def notes(self) -> list[str]:
-        """How well each workload is known, and why not better; and the memory of all together."""
+        """How well each workload is known, and why not better; the memory of all together; who else used the GPU."""
         said = [why.sentence(workload) for workload, why in self.stopped.items()]
         if self.process_peak_bytes is not None:
             said.append(f"All artifacts together took {megabytes(self.process_peak_bytes)} MB of host memory at most.")
-        return said
+        busy = busy_note(*(self.environment.get(f"gpu_busy_{when}") for when in ("before", "after")))
+        return [*said, *([] if busy is None else [busy])]
 
     def to_json(self) -> dict[str, Any]:
         """The content of report.json."""

@@ -11,7 +11,7 @@ from pst.data import DataSpec
 from pst.errors import ArtifactError, ConfigError
 from pst.files import atomic_folder, refuse_existing, resolve_model
 from serve.bench.environment import environment
-from serve.bench.gpu import open_gpu
+from serve.bench.gpu import open_gpu, others_busy
 from serve.bench.memory import Memory, MemoryWatch
 from serve.bench.openings import LEAST_OPENINGS, Opening, together, unwatched
 from serve.bench.receipt import receipts
@@ -123,6 +123,7 @@ def bench(
             for name, path in names.items()
         )
         found = receipts(engines, manifests_of(names), workloads) if receipt else ()
+    machine["gpu_busy_after"] = others_busy(gpu)
     report = Report(
         environment=machine,
         subjects=subjects,

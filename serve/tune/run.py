@@ -10,6 +10,7 @@ from pst.errors import ConfigError
 from pst.files import atomic_folder, refuse_existing
 from pst.progress import progress
 from serve.bench.environment import environment
+from serve.bench.gpu import busy_note, open_gpu, others_busy
 from serve.bench.openings import call_of
 from serve.bench.runner import all_generate, describe_subject, workloads_of
 from serve.bench.stopping import PRECISION, Stopped, StopRule
@@ -93,6 +94,8 @@ def tune(
         finals = _measure(opened, engines, workloads, searches, rule, budget_s=max(0.0, budget_s))
         told = reasons(opened, engines, workloads, profile=receipt)
         layers = {name: each for name, one in engines.items() if (each := getattr(one, "layer_times", None))}
+    machine["gpu_busy_after"] = others_busy(open_gpu())
+    busy = busy_note(machine["gpu_busy_before"], machine["gpu_busy_after"])
     times = None
     if counts is not None:
         reference = _reference(opened)
@@ -109,7 +112,8 @@ def tune(
     tuned = Tuned(
         environment=machine, folder=output, threads=threads, spanned=spanned, candidates=tuple(opened),
         left_out=tuple(left_out), layers=layers, by="geometric mean" if times is None else "traffic",
-        workloads=tuple(parts), overall=whole, advice=tuple(advice([*parts, whole], told, opened)),
+        workloads=tuple(parts), overall=whole,
+        advice=(*advice([*parts, whole], told, opened), *filter(None, [busy])),
     )  # fmt: skip
     with atomic_folder(output, overwrite=overwrite) as folder:
         tuned.write(folder)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from serve.bench.gpu import Gpu, Smi, gpu_clocks, gpus, measure_energy, open_gpu
+from serve.bench.gpu import Gpu, Smi, busy_note, gpu_clocks, gpus, measure_energy, open_gpu, others_busy
 
 from ...command_line import environment
 
@@ -21,6 +21,7 @@ case "$*" in
   *memory.used*-i\\ 1) echo 1234 ;;
   *memory.used*) echo 512 ;;
   *clocks.sm*) echo "[N/A]" ;;
+  *utilization.gpu*) echo 37 ;;
 esac
 """
 NVML = """
@@ -33,13 +34,16 @@ int nvmlDeviceGetMemoryInfo(void *device, number *memory) {
   memory[0] = 80; memory[1] = 50; memory[2] = 30; return device != &energy; }
 int nvmlDeviceGetTotalEnergyConsumption(void *device, number *value) {
   *value = *(number *)device += 7; return 0; }
+int nvmlDeviceGetUtilizationRates(void *device, unsigned *rates) {
+  rates[0] = 93; rates[1] = 12; return device != &energy; }
 int nvmlDeviceGetClockInfo(void *device, int kind, unsigned *value) { *value = 1980; return kind != 1; }
 """
 READ = """
 import json
 from serve.bench.gpu import open_gpu
 gpu = open_gpu()
-print(json.dumps(gpu and [gpu.source, gpu.memory_bytes(), gpu.energy_mj(), gpu.energy_mj(), gpu.clock_mhz()]))
+energies = gpu and [gpu.energy_mj(), gpu.energy_mj()]
+print(json.dumps(gpu and [gpu.source, gpu.memory_bytes(), *energies, gpu.clock_mhz(), gpu.busy()]))
 """
 
 
@@ -60,6 +64,7 @@ def test_what_nvidia_smi_says(tool: Path) -> None:
     gpu = Smi("0")
     assert gpu.memory_bytes() == 512 * 2**20
     assert gpu.clock_mhz() is None
+    assert gpu.busy() == 37
     assert measure_energy(gpu, lambda index: None) is None
     assert Smi("1").memory_bytes() == 1234 * 2**20
 
@@ -93,8 +98,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("visible", "expected"),
     [
-        ("0", ["NVML", 30, 1007, 1014, 1980]),
-        ("GPU-a1,GPU-b2", ["NVML", 30, 1007, 1014, 1980]),
+        ("0", ["NVML", 30, 1007, 1014, 1980, 93]),
+        ("GPU-a1,GPU-b2", ["NVML", 30, 1007, 1014, 1980, 93]),
         ("GPU-b2", None),
         ("3", None),
     ],
@@ -122,6 +127,9 @@ class Simulated:
 
     def clock_mhz(self) -> int | None:
         return 1500
+
+    def busy(self) -> int | None:
+        return None
 
 
 @pytest.mark.parametrize("milliseconds", [0.2, 3.0, 250.0])
@@ -152,3 +160,41 @@ def test_a_counter_that_stands_still_gives_none() -> None:
 
     assert measure_energy(simulated, call, clock=lambda: simulated.now) is None
     assert simulated.now < 6
+
+
+class Shared(Simulated):
+    """A GPU that tells how busy it was from a list."""
+
+    def __init__(self, *readings: int | None) -> None:
+        super().__init__()
+        self.readings = list(readings)
+
+    def busy(self) -> int | None:
+        return self.readings.pop(0)
+
+
+@pytest.mark.parametrize(
+    ("readings", "expected", "waited"),
+    [
+        ([0], 0, 0.0),  # nothing to wait for
+        ([None], None, 0.0),
+        ([80, 30, 0], 0, 0.8),  # what this process did a moment ago is out of the readings then
+        ([80, 40, 43, 41], 40, 1.2),
+    ],
+)
+def test_what_other_programs_do_on_a_gpu(readings: list[int | None], expected: int | None, waited: float) -> None:
+    slept: list[float] = []
+    gpu = Shared(*readings)
+    assert others_busy(gpu, sleep=slept.append) == expected
+    assert sum(slept) == pytest.approx(waited)
+    assert not gpu.readings
+
+
+def test_without_a_gpu_nobody_is_busy() -> None:
+    assert others_busy(None) is None
+
+
+def test_who_else_was_there_is_said() -> None:
+    assert busy_note(None, None) is busy_note(0, 4) is None
+    assert "busy for 40% of the time" in (busy_note(40, 0) or "")
+    assert "stop them, and measure again" in (busy_note(None, 7) or "")

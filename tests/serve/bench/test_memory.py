@@ -28,6 +28,9 @@ class Device:
     def clock_mhz(self) -> int | None:
         return None
 
+    def busy(self) -> int | None:
+        return None
+
 
 def allocate() -> tuple[Memory, Memory, int | None, bool]:
     """Of the artifacts a and b; the process's peak, and whether the system lets it be set back."""

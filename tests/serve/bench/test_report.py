@@ -90,6 +90,13 @@ def measurement(
     return report, output
 
 
+def test_other_programs_on_the_gpu_are_told(measurement: tuple[Report, Path]) -> None:
+    report, _ = measurement
+    assert not any("Other programs" in sentence for sentence in report.notes())
+    machine = report.environment | {"gpu_busy_before": 0, "gpu_busy_after": 62}
+    assert "busy for 62% of the time" in dataclasses.replace(report, environment=machine).notes()[-1]
+
+
 def test_report_json(measurement: tuple[Report, Path]) -> None:
     report, output = measurement
     content = json.loads((output / "report.json").read_text(encoding="utf-8"))
