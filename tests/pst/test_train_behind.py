@@ -82,6 +82,25 @@ def test_log_checkpoints_and_weights_are_the_same(
     assert weights(tmp_path / "later") == weights(tmp_path / "at once")
 
 
+def test_the_time_of_a_checkpoint_is_not_that_of_the_step_before(
+    tiny_bert: Path, reviews_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What writing takes decides when the next is due; a step that is waited for would make it look slow."""
+    known: list[list[int]] = []
+
+    class Watched(checkpoint.Pace):
+        @contextmanager
+        def measured(self) -> Iterator[None]:
+            known.append([line["step"] for line in log_lines(tmp_path / "out")])
+            with super().measured():
+                yield
+
+    monkeypatch.setattr(checkpoint, "Pace", Watched)
+    with behind():
+        train(options(tiny_bert, reviews_file, steps=12, checkpoint_every=10), tmp_path / "out")
+    assert known == [[10]]
+
+
 def _stop(at: int, step: int) -> None:
     if step == at - 1:
         signal.raise_signal(signal.SIGINT)
@@ -153,7 +172,7 @@ def test_scores_alone_that_are_not_finite_end_the_run(
 
     monkeypatch.setattr(pst.train, "sparsify_", kept)
     before_step(monkeypatch, poison)
-    given = {"steps": 4, "batch_size": 2, "calibration": 0, "checkpoint_every": every}
+    given: dict[str, Any] = {"steps": 4, "batch_size": 2, "calibration": 0, "checkpoint_every": every}
     given |= {"device": "cuda" if torch.cuda.is_available() else "cpu"}  # where there is a GPU, nothing is interpreted
     config = options(tiny_bert, reviews_file, **(RAMP | given))
     with kernels.forced(True), behind(), pytest.raises(RunError, match=f"at step {at}\\."):
