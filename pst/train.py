@@ -214,7 +214,6 @@ def _train(
         return prepared.evaluate(model, batch_size=size, device=device, processes=group, final=final)
 
     def save_checkpoint(step: int) -> None:
-        catch_up()
         _require_finite(trainable, step, output)
         content: dict[str, Any] = {"identity": identity, "seconds": spent + time.monotonic() - start}
         content |= {"train_seconds": training, "level": None if calibration is None else calibration.level}
@@ -298,6 +297,7 @@ def _train(
                 log(step=done, eval=evaluate(final=False))
             stopping = group.any(stopped(), device)
             if stopping or (done < steps and pace.is_due(done)):
+                catch_up()  # before the clock of the writing starts: a step that is waited for is no part of that
                 with pace.measured():
                     save_checkpoint(done)
                 stopping = group.any(stopped(), device)  # the signal may have come just now

@@ -75,15 +75,26 @@ class Classifier(EngineHolder):
             )
 
     def _prepared_of(self, engine: Engine) -> tuple[tuple[int, int], ...]:
-        """What batches may be filled up to; nothing where padding cannot be told from text."""
+        """What batches may be filled up to; nothing where padding cannot be told from text, or moves it.
+
+        Padding on the left moves a text to later positions, where the model counts them from the left by itself.
+        """
         masked = "attention_mask" in engine.inputs and self.encoder.pad_id is not None
-        return engine.prepared_shapes if masked and self.opened_here and isinstance(engine, PreparedEngine) else ()
+        stays = self.encoder.padding_side != "left" or "position_ids" in engine.inputs
+        usable = masked and stays and self.opened_here
+        return engine.prepared_shapes if usable and isinstance(engine, PreparedEngine) else ()
 
     def warm_up(self) -> None:
-        """The first inferences: of one text, and of each shape that was announced."""
+        """The first inferences: of one text, and of each announced shape that later ones gain by.
+
+        On a CPU that is only what was prepared for: a large shape takes many seconds there, and nothing is recorded.
+        """
         self.predict(["warm-up"])
         (row,) = self.encoder.tokenize(["warm-up"])
-        for batch, tokens in self._announced:
+        shapes = self._announced
+        if "cpu" in self.engine.name.split("-"):
+            shapes = self.engine.prepared_shapes if isinstance(self.engine, PreparedEngine) else ()
+        for batch, tokens in shapes:
             whole = Tokens(ids=np.resize(row.ids, tokens), type_ids=np.resize(row.type_ids, tokens))  # unpadded
             feeds = self.encoder.collate([whole] * batch, names=self.engine.inputs)
             for _ in range(WARM_UPS):

@@ -82,6 +82,25 @@ def test_log_checkpoints_and_weights_are_the_same(
     assert weights(tmp_path / "later") == weights(tmp_path / "at once")
 
 
+def test_the_time_of_a_checkpoint_is_not_that_of_the_step_before(
+    tiny_bert: Path, reviews_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What writing takes decides when the next is due; a step that is waited for would make it look slow."""
+    known: list[list[int]] = []
+
+    class Watched(checkpoint.Pace):
+        @contextmanager
+        def measured(self) -> Iterator[None]:
+            known.append([line["step"] for line in log_lines(tmp_path / "out")])
+            with super().measured():
+                yield
+
+    monkeypatch.setattr(checkpoint, "Pace", Watched)
+    with behind():
+        train(options(tiny_bert, reviews_file, steps=12, checkpoint_every=10), tmp_path / "out")
+    assert known == [[10]]
+
+
 def _stop(at: int, step: int) -> None:
     if step == at - 1:
         signal.raise_signal(signal.SIGINT)

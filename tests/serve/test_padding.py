@@ -1,5 +1,8 @@
 """Batches that are filled up to the shapes that an engine has kernels of their own for."""
 
+import json
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +90,34 @@ def test_nothing_is_filled_up_without_a_padding_token_or_in_an_engine_of_somebod
     assert opened[0].given[0][0] == 3
 
 
+def test_padding_on_the_left_moves_no_text(bert_artifact: Path, opened: list[Recorded], tmp_path: Path) -> None:
+    """BERT counts positions from the left, padding among them."""
+    left = Path(shutil.copytree(bert_artifact, tmp_path / "left"))
+    settings = json.loads((left / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (left / "tokenizer_config.json").write_text(json.dumps(settings | {"padding_side": "left"}), encoding="utf-8")
+    with Classifier(left) as plain, Classifier(left, shapes=Shapes(fixed=((1, 8),))) as filled:
+        rows = plain.encoder.tokenize(["a lovely film"])
+        assert len(rows[0]) < 8
+        np.testing.assert_allclose(filled.logits(rows), plain.logits(rows), atol=1e-5)
+
+
 def test_announced_shapes_are_warm(bert_artifact: Path, opened: list[Recorded]) -> None:
     with Classifier(bert_artifact, shapes=Shapes(fixed=((1, 2), (4, 16)))) as model:
         model.warm_up()
     assert opened[0].given[1:] == [(1, 2)] * WARM_UPS + [(4, 16)] * WARM_UPS
+
+
+def test_a_cpu_that_prepares_for_no_shape_is_not_warmed_up_at_them(bert_artifact: Path) -> None:
+    """A server of 128x384 on a CPU would be ready minutes later, and no faster."""
+    shapes = Shapes(fixed=((1, 2), (4, 16)))
+    with Classifier(bert_artifact, engine="onnxruntime-cpu", threads=1, shapes=shapes) as model:
+        given: list[tuple[int, ...]] = []
+        infer = model.engine.infer
+
+        def watched(feeds: Mapping[str, Array]) -> dict[str, Array]:
+            given.append(feeds["input_ids"].shape)
+            return infer(feeds)
+
+        model.engine.infer = watched  # type: ignore[method-assign]
+        model.warm_up()
+    assert len(given) == 1
