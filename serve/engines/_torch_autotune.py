@@ -28,14 +28,20 @@ def autotune(
 ) -> tuple[LayerTimes, ...]:
     """The times of all layers of *found*, by shape of the layer.
 
-    Raises EngineError, naming *where*, where no shapes are announced, and where no layer is faster sparse.
+    Raises EngineError, naming *where*, where no shapes are announced, where PyTorch refuses a product, and where no
+    layer is faster sparse.
     """
     if not shapes.fixed:
         raise EngineError(
             f"Which layers of {where} are faster sparse depends on the shapes, and none are announced; serve the "
             "folder that pst bench --tune wrote, or choose the engine torch-cuda-sparse."
         )
-    layers = time_layers(torch, found, shapes=shapes.fixed, timer=timer)
+    try:
+        layers = time_layers(torch, found, shapes=shapes.fixed, timer=timer)
+    except RuntimeError as error:
+        raise EngineError(
+            f"A product of {where} cannot be timed ({str(error).splitlines()[0]}); choose the engine torch-cuda-fp16."
+        ) from error
     if not any(each.is_sparse for each in layers):
         named = ", ".join(f"{batch}x{tokens}" for batch, tokens in shapes.fixed)
         raise EngineError(

@@ -45,6 +45,8 @@ def serving(path: Path, *, engine: str, threads: int) -> Serving:
         raise RunError(f"{file} is not the result of a tuning; {_REMEDY}")
     if version > SCHEMA_VERSION:
         raise RunError(f"{file} has schema version {version}, this program reads up to {SCHEMA_VERSION}; update it.")
+    if version < SCHEMA_VERSION:
+        raise RunError(f"{file} is of an earlier program, which tuned engines that serve does not open; tune again.")
     try:
         found = Serving(
             path=Path(choice["artifact"]),

@@ -15,7 +15,7 @@ from serve.layers import LayerTimes
 from serve.tune.candidates import Candidate, LeftOut
 from serve.tune.overall import Mean
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 TUNED_NAME = "tuned.json"
 OVERALL = "overall"
 METHOD = (

@@ -1,7 +1,7 @@
 """Optimization profiles: the shapes that a plan takes, and those that it is tuned for."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from export.manifest import TensorInfo
@@ -97,6 +97,7 @@ def run_profiles(
 
     cached: of a decoder each shape is a prompt without a past, and then up to *new_tokens* single tokens after it.
     spanned: one profile from the smallest of *shapes* to the largest, tuned for the middle one, not one for each.
+    The profile of others takes as many rows as any of *shapes*, and 32 at least.
     """
     groups = [shapes] if spanned and shapes else [[shape] for shape in shapes]
     found = [_span(group, past=(0, 0, 0) if cached else None) for group in groups]
@@ -105,7 +106,9 @@ def run_profiles(
             past = (prompt.smallest[1], prompt.usual[1] + new_tokens // 2, prompt.largest[1] + new_tokens)
             found.append(_span([(batch, 1) for batch, _ in group], past=past))
     if others or not found:
-        found.append(parse_profile(None, max_length=max_length))
+        wide = parse_profile(None, max_length=max_length)
+        most = max([wide.largest[0], *(batch for batch, _ in shapes)])
+        found.append(replace(wide, largest=(most, wide.largest[1])))
     return tuple(dict.fromkeys(found))
 
 

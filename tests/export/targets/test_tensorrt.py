@@ -64,6 +64,7 @@ def test_profiles_for_the_shapes_of_a_run() -> None:
 
     assert made((1, 8), (4, 16), others=False) == ["1x8", "4x16"]
     assert made((1, 8), (1, 8), others=True) == ["1x8", "1x1,8x64,32x64"]
+    assert made((64, 8), others=True) == ["64x8", "1x1,8x64,64x64"]  # no batch of up to 64 rows is without a profile
     assert made(others=False) == ["1x1,8x64,32x64"]
     assert made((2, 8), others=False, new_tokens=4) == ["2x8"]
     assert made((2, 8), others=True, cached=True, new_tokens=4) == ["2x8+0..0", "2x1+8..12", "1x1,8x64,32x64"]

@@ -75,6 +75,15 @@ def test_where_no_layer_is_faster_it_says_so(monkeypatch: pytest.MonkeyPatch) ->
         autotune(torch, FOUND, shapes=Shapes(fixed=SHAPES), timer=timer, where="model")
 
 
+def test_a_product_that_is_refused_is_no_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise RuntimeError("CUDA out of memory\nmore")
+
+    monkeypatch.setattr(torch.nn.functional, "linear", refused)
+    with pytest.raises(EngineError, match=r"A product of model cannot be timed \(CUDA out of memory\); choose"):
+        autotune(torch, FOUND, shapes=Shapes(fixed=SHAPES), timer=timed, where="model")
+
+
 def test_without_shapes_it_does_not_guess() -> None:
     with pytest.raises(EngineError, match=r"depends on the shapes, and none are announced; serve the folder"):
         autotune(torch, FOUND, shapes=Shapes(), timer=timed, where="model")

@@ -112,7 +112,7 @@ def test_the_fastest_is_chosen_and_the_others_say_why(
     found = tune(paths, shapes=SHAPES, output=tmp_path / "tuned", clock=clock, receipt=False)
     assert [each.chosen.path for each in (*found.workloads, found.overall)] == [structured_artifact] * 3
     report = written(tmp_path / "tuned")
-    assert report["schema_version"] == 1
+    assert report["schema_version"] == 2
     assert report["overall"]["command"] == f"pst serve {tmp_path / 'tuned'}"
     for part in (*report["workloads"], report["overall"]):
         assert not part["keeps_dense"]
@@ -288,8 +288,9 @@ def test_which_layers_run_sparse_is_written_and_served(
     ("content", "says"),
     [
         ({"schema_version": 2, "measurements": []}, "is not the result of a tuning"),
-        ({"schema_version": 99, "overall": {}}, "schema version 99, this program reads up to 1"),
-        ({"schema_version": 1, "overall": {"artifact": "x"}}, "is not a whole tuned.json"),
+        ({"schema_version": 99, "overall": {}}, "schema version 99, this program reads up to 2"),
+        ({"schema_version": 1, "overall": {}}, "is of an earlier program, .*; tune again"),
+        ({"schema_version": 2, "overall": {"artifact": "x"}}, "is not a whole tuned.json"),
     ],
 )
 def test_what_is_no_tuned_json(tmp_path: Path, content: dict[str, Any], says: str) -> None:
