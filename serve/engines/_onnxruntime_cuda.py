@@ -20,6 +20,7 @@ from pst.progress import note
 from serve.describe import vocab_size
 from serve.engines import LOGITS, Array, TensorSpec, cache_inputs
 from serve.engines._onnxruntime_device import DeviceSession
+from serve.engines._onnxruntime_fusion import fuse_attention, merged_weights
 from serve.engines._onnxruntime_providers import first_line
 
 MASK = "attention_mask"
@@ -70,7 +71,7 @@ class FusedSessions:
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Outputs by name of feeds that fit."""
-        session = self._session_for(_Kind(unpadded=_is_unpadded(feeds), last=False))
+        session = self._session_for(_Kind(unpadded=is_unpadded(feeds), last=False))
         if not self._cached:
             return session.run(feeds)
         # Of a decoder's large outputs no buffers are kept.
@@ -79,7 +80,7 @@ class FusedSessions:
 
     def session_for(self, feeds: Mapping[str, Array]) -> Any:
         """The InferenceSession that continues *feeds*; it may give the scores of the last token alone."""
-        return self._session_for(_Kind(unpadded=_is_unpadded(feeds), last=True)).session
+        return self._session_for(_Kind(unpadded=is_unpadded(feeds), last=True)).session
 
     def _session_for(self, kind: "_Kind") -> DeviceSession:
         with self._lock:
@@ -202,7 +203,8 @@ class _Kind:
     """The scores of the last token alone."""
 
 
-def _is_unpadded(feeds: Mapping[str, Array]) -> bool:
+def is_unpadded(feeds: Mapping[str, Array]) -> bool:
+    """Whether no text of a batch is padded, so that a session without the mask runs it."""
     return MASK not in feeds or bool(feeds[MASK].all())
 
 
@@ -212,6 +214,8 @@ class _Fused:
     def __init__(self, model: Any, count: int) -> None:
         self.count = count
         self.content: bytes = model.SerializeToString()
+        self.merged = merged_weights(model)
+        """See serve.engines._onnxruntime_fusion."""
         self.reads_mask = any(MASK in node.input for node in model.graph.node if node.op_type != "Shape")
 
 
@@ -226,7 +230,6 @@ def fused(file: Path, *, unpadded: bool, last: bool = False, say: Callable[[str]
         say("onnx is not installed, so ONNX Runtime computes attention in many small steps; run: pip install onnx")
         return None
     from serve.engines._onnxruntime_elementwise import fuse_elementwise
-    from serve.engines._onnxruntime_fusion import fuse_attention
     from serve.engines._onnxruntime_last import keep_last
 
     if sum(part.stat().st_size for part in file.parent.glob(f"{file.name}*")) > LARGEST:

@@ -41,6 +41,21 @@ class _Heads:
     present: str = ""
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Merged:
+    """Weights side by side."""
+
+    array: Array
+    """(in, out)."""
+    names: tuple[str, ...]
+    """Of the initializers that it is made of."""
+
+
+def merged_weights(model: Any) -> dict[str, str]:
+    """Of each weight that fuse_attention put beside others: its name, and that of the initializer that holds it now."""
+    return {name: each.name for each in model.graph.initializer for name in each.doc_string.splitlines()}
+
+
 def fuse_attention(model: Any, *, unpadded: bool) -> int:
     """Rewrite *model* (onnx.ModelProto, its weights loaded) in place; the number of attentions that became one node.
 
@@ -84,9 +99,13 @@ def _fuse(graph: GraphView, softmax: Any, known: Biases, *, unpadded: bool) -> N
         reshape = [helper.make_node("Reshape", [f"{name}_rows", flat.input[1]], [context], name=f"{name}_flat")]
     attended = f"{name}_rows" if reshape else context
     if products is not None:
-        source, *arrays = products
-        for what, array in zip(("weight", "bias"), arrays, strict=True):
-            graph.graph.initializer.append(graph.onnx.numpy_helper.from_array(array, f"{name}_{what}"))
+        source, weight, shift = products
+        made = [
+            graph.onnx.numpy_helper.from_array(array, f"{name}_{what}")
+            for what, array in (("weight", weight.array), ("bias", shift))
+        ]
+        made[0].doc_string = "\n".join(weight.names)
+        graph.graph.initializer.extend(made)
         inputs = [source, f"{name}_weight", f"{name}_bias", "", "", mask]
         node = helper.make_node(
             "Attention", inputs if mask else inputs[:3], [attended], name=name, domain=DOMAIN, qkv_hidden_sizes=hidden,
@@ -186,37 +205,38 @@ def _split(graph: GraphView, split: Any, *, past: str = "", present: str = "") -
     return _Heads(source=str(split.input[0]), width=width, past=past, present=present)
 
 
-def _linear(graph: GraphView, name: str) -> tuple[str, Array, Array]:
-    """Input, weight (in, out) and bias (out,) of a linear layer, written as MatMul and Add; raises DiffersError."""
+def _linear(graph: GraphView, name: str) -> tuple[str, str, Array, Array]:
+    """Input, weight's name, weight (in, out) and bias (out,) of a linear layer, written as MatMul and Add.
+
+    Raises DiffersError.
+    """
     total = graph.made_by(name, "Add")
     for product, bias in (total.input, reversed(list(total.input))):
         made = graph.producers.get(product)
         if made is not None and made.op_type == "MatMul":
             weight, added = graph.constant(made.input[1]), graph.constant(bias)
             if weight.ndim == 2 and added.shape == weight.shape[1:]:
-                return str(made.input[0]), weight, added
+                return str(made.input[0]), str(made.input[1]), weight, added
     raise DiffersError(name)
 
 
-def _one_input(graph: GraphView, heads: Iterable[_Heads]) -> tuple[str, Array, Array] | None:
+def _one_input(graph: GraphView, heads: Iterable[_Heads]) -> tuple[str, _Merged, Array] | None:
     """One input, and weights and biases side by side; None where they are not three linear layers of one input."""
     try:
         layers = [_linear(graph, each.source) for each in heads]
     except DiffersError:
         return None
-    if len({source for source, _, _ in layers}) != 1:
+    if len({source for source, *_ in layers}) != 1:
         return None
-    return (
-        layers[0][0],
-        np.ascontiguousarray(np.concatenate([weight for _, weight, _ in layers], axis=1)),
-        np.concatenate([bias for _, _, bias in layers]),
-    )
+    array = np.ascontiguousarray(np.concatenate([weight for _, _, weight, _ in layers], axis=1))
+    merged = _Merged(array=array, names=tuple(name for _, name, _, _ in layers))
+    return layers[0][0], merged, np.concatenate([bias for *_, bias in layers])
 
 
 def _size(graph: GraphView, name: str) -> int:
     """The last dimension of a linear layer's output, or of a part of one; raises DiffersError."""
     try:
-        return int(_linear(graph, name)[1].shape[1])
+        return int(_linear(graph, name)[2].shape[1])
     except DiffersError:
         pass
     split = graph.made_by(name, "Split", "Reshape")

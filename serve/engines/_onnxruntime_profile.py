@@ -33,12 +33,18 @@ _SUFFIX = "_kernel_time"
 class OnnxRuntimeProfiler:
     """See serve.engines.Profiler."""
 
-    def __init__(self, runtime: Any, file: Path, *, options: Any, providers: Sequence[str]) -> None:
+    def __init__(
+        self, runtime: Any, file: Path, *, options: Any, providers: Sequence[Any], original: Path | None = None,
+        merged: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
         """Open *file* once more, with *options* (SessionOptions) and the profiler on.
 
+        original: the artifact's file, where *file* is another graph of it. merged: weights that lie beside others
+        there, by name, and the initializer that holds them.
         Raises EngineError where onnx is not installed, or the runtime refuses.
         """
-        self._onnx, self._file, self._runs = _onnx(), file, 0
+        self._onnx, self._file, self._runs = _onnx(), original or file, 0
+        self._merged = merged or {}
         self._folder = tempfile.TemporaryDirectory()
         self._optimized = Path(self._folder.name) / "optimized.onnx"
         options.enable_profiling = True
@@ -49,6 +55,11 @@ class OnnxRuntimeProfiler:
         except Exception as error:  # the runtime's exceptions have no common base but this
             self._folder.cleanup()
             raise EngineError(f"ONNX Runtime cannot profile {file}: {str(error).strip().splitlines()[0]}.") from error
+
+    @property
+    def provider(self) -> str:
+        """Where the session runs what it can."""
+        return str(self._session.get_providers()[0])
 
     def run(self, feeds: Mapping[str, Array]) -> None:
         """See Profiler."""
@@ -67,7 +78,7 @@ class OnnxRuntimeProfiler:
                 node = event["name"].removesuffix(_SUFFIX)
                 times[node].append(event["dur"] / 1000)
                 operators[node] = event["args"]["op_name"]
-        where = _places(graph, read_nodes(self._file), tuple(weights))
+        where = _places(graph, read_nodes(self._file), tuple(weights), self._merged)
         return tuple(
             LayerTime(
                 node=node, operator=operators[node], time_ms=self._per_run(found), weights=tuple(where.get(node, ()))
@@ -96,7 +107,9 @@ def _onnx() -> Any:
     return onnx
 
 
-def _places(optimized: Any, original: Sequence[Node], weights: Sequence[str]) -> dict[str, list[str]]:
+def _places(
+    optimized: Any, original: Sequence[Node], weights: Sequence[str], merged: Mapping[str, str]
+) -> dict[str, list[str]]:
     """The weights that each node of *optimized* computes with.
 
     A convolution of blocked layout is called after its output.
@@ -105,7 +118,8 @@ def _places(optimized: Any, original: Sequence[Node], weights: Sequence[str]) ->
     inside = {node.name: set(node.input) for node in optimized.node}
     found: dict[str, list[str]] = defaultdict(list)
     for weight in weights:
-        nodes = [node for node, inputs in inside.items() if weight in inputs]
+        held = merged.get(weight, weight)
+        nodes = [node for node, inputs in inside.items() if held in inputs]
         if not nodes:
             places = [original[place] for place in computing[weight]]
             names = [name for node in places for name in (node.name, *(f"{output}_nchwc" for output in node.outputs))]

@@ -136,9 +136,13 @@ class OnnxRuntimeEngine(Closing):
         return self._session if self._fused is None else self._fused.session_for(feeds)
 
     def profiler(self) -> Profiler:
-        """See ProfilingEngine; on the CPU alone, because CUDA's kernels run on after their node has ended."""
+        """See ProfilingEngine; on a GPU in a process of its own, which waits for every kernel."""
+        if self._fused is not None:
+            from serve.engines._onnxruntime_cuda_profile import CudaProfiler
+
+            return CudaProfiler(self._file, providers=self._asked, threads=self.threads)
         if not self.name.endswith("cpu"):
-            raise EngineError("ONNX Runtime tells when it started its GPU kernels, but not how long they ran.")
+            raise EngineError("ONNX Runtime does not tell what its TensorRT provider runs; choose the engine tensorrt.")
         from serve.engines._onnxruntime_profile import OnnxRuntimeProfiler
 
         return OnnxRuntimeProfiler(
