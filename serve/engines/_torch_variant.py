@@ -41,8 +41,8 @@ def parse_variant(text: str) -> Variant:
     unknown = [word for word in words if word not in WORDS]
     if unknown or len(set(words)) < len(words) or {"cpu", "cuda"} <= set(words):
         raise EngineError(
-            f"torch-{text} is not an engine; choose torch, torch-cpu or torch-cuda, with -fp16, -compiled or -sparse "
-            "behind it where you want that."
+            f"torch-{text} is not an engine; choose torch, torch-cpu or torch-cuda, with -fp16, -compiled, "
+            "-sparse or -sparse-autotune behind it where you want that."
         )
     if "autotune" in words and "sparse" not in words:
         raise EngineError(f"torch-{text} has nothing to tune; choose torch-cuda-sparse-autotune.")
