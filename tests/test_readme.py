@@ -120,6 +120,14 @@ def test_the_ratios_of_removed_units_are_those_of_the_committed_report() -> None
     assert 0.49 < macs["kept"] / macs["dense"] <= 0.5
 
 
+def test_what_removed_units_cost_is_what_was_measured() -> None:
+    path = ROOT / "benchmarks/structured_accuracy_cpu_202611.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    assert [(row["method"], row["sparsity"], row["value"]["n"]) for row in rows] == [("dense", 0.0, 3), ("pst", 0.5, 3)]
+    dense, sparse = (f"{row['value']['mean']:.1%}" for row in rows)
+    assert f"falls from {dense} to {sparse}, means of three seeds" in " ".join(README.split())
+
+
 ROWS = {
     "onnxruntime-cuda": {"2of4-matmul": "2:4 zeros", "unstructured-90": "90% zeros", "structured-50": "half of the"},
     "tensorrt": {"2of4-matmul": "2:4 zeros", "unstructured-90": "90% zeros", "structured-50": "half of the"},
