@@ -11,7 +11,8 @@
 Those of the runtimes need the runtime alone, no torch. Weights are random, which cost the same time as trained ones;
 magnitude says which of them go. Every artifact has gone through ``pst export``, with its checks; ``pst bench`` measures
 them in turn in one process, dense being the baseline, and adds the receipt of each layer.
-Writes benchmarks/runtimes_<engine>_<device>_<yyyymm>.json and .md; --tune, tuned_<engine>_<device>_<yyyymm>.json.
+Writes benchmarks/runtimes_<engine>_<device>_<yyyymm>.json and .md; --tune, tuned_<engine>_<device>_<yyyymm>.json,
+where of several engines the first two words of the first stand.
 """
 
 import argparse
@@ -47,7 +48,7 @@ def main() -> None:
     parser.add_argument("--size", default="base", help="base (12 layers of 768), mini (6 of 384), wide (2 of 4096)")
     parser.add_argument("--precision", default="fp16", help="of the artifacts")
     parser.add_argument("--residual", default="half", help="as of pst export")
-    parser.add_argument("--name", default="", help="stands in the report's name, behind the size")
+    parser.add_argument("--name", help="stands in the report's name, behind the size")
     parser.add_argument("--tune", action="store_true", help="choose what to run, as of pst bench; threads and runs too")
     arguments = parser.parse_args()
     if arguments.work is None:
@@ -116,7 +117,7 @@ def choose(arguments: argparse.Namespace) -> None:
     for prefix in (arguments.work.resolve(), arguments.work):
         content = content.replace(f"{prefix}/", "")  # where the files were does not belong to it
     report = json.loads(content)
-    arguments.engine = arguments.engine.replace(",", "+")
+    arguments.engine = "-".join(arguments.engine.partition(",")[0].split("-")[:2])  # of several, what they begin with
     target = artifacts.write(_name("tuned", arguments), report | {"git_revision": git_revision()}, arguments)
     print(f"Written to {target}.")
 

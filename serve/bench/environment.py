@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from serve.bench.gpu import gpu_clocks, gpus, open_gpu, others_busy
+from serve.bench.gpu import gpu_clocks, gpus
 from serve.engines import available_cpus
 
 PACKAGES = (
@@ -52,7 +52,7 @@ def versions() -> dict[str, str]:
 
 
 def environment(*, command: str, threads: int) -> dict[str, Any]:
-    """Everything above as JSON values, with the time in UTC and how busy processor and GPU were before."""
+    """Everything above as JSON values, with the time in UTC and the load before the measurement."""
     flags = (_field("/proc/cpuinfo", "flags", "Features") or "").split()
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -66,7 +66,6 @@ def environment(*, command: str, threads: int) -> dict[str, Any]:
         "os": platform.platform(),
         "gpus": gpus(),
         "gpu_clocks": gpu_clocks(),
-        "gpu_busy_before": others_busy(open_gpu()),
         "threads": threads,
         "versions": versions(),
     }

@@ -156,14 +156,15 @@ def others_busy(gpu: Gpu | None, *, sleep: Callable[[float], object] = time.slee
 
     This process must start nothing on it meanwhile; what it did before has left the readings by the last of them.
     """
-    least: int | None = None
-    for look in range(LOOKS if gpu is not None else 0):
-        if look:
-            sleep(BETWEEN_LOOKS_S)
-        value = gpu.busy() if gpu is not None else None
-        if not value:
-            return value
-        least = value if least is None else min(least, value)
+    if gpu is None:
+        return None
+    least = gpu.busy()
+    for _ in range(LOOKS - 1):
+        if not least:
+            break
+        sleep(BETWEEN_LOOKS_S)
+        value = gpu.busy()
+        least = value and min(least, value)
     return least
 
 

@@ -78,12 +78,13 @@ def bench(
     names = unique_names(paths)
     # Recorded before the work below, so that the load average is not our own.
     machine = environment(command=command, threads=threads)
+    gpu = open_gpu()
+    machine["gpu_busy_before"] = others_busy(gpu)
     folders = {name: describe_subject(path) for name, path in names.items()}
     texts = None if data is None else DataSet(data)
     if texts is not None:
         for path in names.values():
             _check_data(path, texts)
-    gpu = open_gpu()
     memory = MemoryWatch(gpu)
     with contextlib.ExitStack() as stack:
         planned = Shapes(fixed=tuple(shapes), others=data is not None, new_tokens=new_tokens, spanned=spanned)

@@ -78,6 +78,8 @@ def tune(
     threads = threads or available_cpus()
     found = candidates(paths, engine=engine)
     machine = environment(command=command, threads=threads)
+    gpu = open_gpu()
+    machine["gpu_busy_before"] = others_busy(gpu)
     with contextlib.ExitStack() as stack:
         # With all others as well, as pst serve will open it: what is measured is what is served.
         planned = Shapes(fixed=tuple(shapes), others=True, new_tokens=new_tokens, spanned=spanned)
@@ -94,7 +96,7 @@ def tune(
         finals = _measure(opened, engines, workloads, searches, rule, budget_s=max(0.0, budget_s))
         told = reasons(opened, engines, workloads, profile=receipt)
         layers = {name: each for name, one in engines.items() if (each := getattr(one, "layer_times", None))}
-    machine["gpu_busy_after"] = others_busy(open_gpu())
+    machine["gpu_busy_after"] = others_busy(gpu)
     busy = busy_note(machine["gpu_busy_before"], machine["gpu_busy_after"])
     times = None
     if counts is not None:
