@@ -18,7 +18,7 @@ Prints a table, and writes it with options, machine and versions to benchmarks/g
 """
 
 import argparse
-import importlib.metadata
+import importlib
 import json
 import shlex
 import sys
@@ -60,7 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     machine = environment(
         command=shlex.join(["python", "-m", "benchmarks.generation_equality", *options.given]), jobs=1
     )
-    machine["versions"] |= {name: importlib.metadata.version(name) for name in ("onnx", "onnxruntime", "onnxscript")}
+    machine["versions"] |= {
+        name: importlib.import_module(name).__version__ for name in ("onnx", "onnxruntime", "onnxscript")
+    }
     month = datetime.now(UTC).strftime("%Y%m")
     report = options.report or Path(__file__).parent / f"generation_equality_cpu_{month}.json"
     write_json(report, {"environment": machine, "prompts": len(chosen), "new_tokens": options.new, "results": rows})

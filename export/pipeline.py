@@ -1,6 +1,6 @@
 """pst export: from a run or model folder to an artifact folder, written only once everything about it was proved."""
 
-import importlib.metadata
+import importlib
 import math
 import os
 import re
@@ -321,4 +321,5 @@ def _provenance(source: Source) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    return {"pst": __version__, **{name: importlib.metadata.version(name) for name in _PACKAGES}}
+    """What wrote the files, by the modules' own word: the module onnxruntime comes in packages of several names."""
+    return {"pst": __version__, **{name: str(importlib.import_module(name).__version__) for name in _PACKAGES}}
