@@ -182,6 +182,7 @@ def test_scores_alone_that_are_not_finite_end_the_run(
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU can be waited for")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # that it is a prototype
 @pytest.mark.parametrize(
     "changes",
     [{}, {"pattern": "2:4"}, {"pattern": "block:4x4"}, {"method": "magnitude"}, {"method": "dense"}],
