@@ -1,9 +1,9 @@
 """Times each layer of a PyTorch model dense and in 2:4 kernels, as the model itself runs it, at the announced shapes.
 
-A product is nn.functional.linear with the layer's own weight and bias, dense or compressed: the very kernels of the
-engine, cuSPARSELt's default algorithm among them. All weights of one shape are multiplied one after another, so that
-they come from memory as in the model. What runs between the layers is left out; a sparse product's result lies in
-columns, and what reads it next may take longer for that. pst bench --tune measures the whole model after this.
+A product is nn.functional.linear with the layer's own weight and bias, or the engine's operator with the compressed
+one, whose algorithm is searched (_torch_sparse_linear.py). All weights of one shape are multiplied one after another,
+so that they come from memory as in the model. What runs between the layers is left out; a sparse product's result lies
+in columns, and what reads it next may take longer for that. pst bench --tune measures the whole model after this.
 """
 
 import math
@@ -15,6 +15,7 @@ from serve.bench.stopping import StopRule
 from serve.engines import Shapes
 from serve.engines._torch_products import GpuTimer
 from serve.engines._torch_sparse import Compressed
+from serve.engines._torch_sparse_linear import ALGORITHMS, operator
 from serve.layers import LayerTimes, describe_layers
 from serve.predict.products import Call, rounds, timed
 
@@ -64,9 +65,9 @@ def time_layers(
         for batch, tokens in shapes:
             first = group[0].dense
             value = torch.randn((batch, tokens, size[1]), device=first.device, dtype=first.dtype)
-            for kind in ("dense", "sparse"):
-                weights = [(getattr(each, kind), each.bias) for each in group]
-                calls[_name(size, (batch, tokens), kind)] = timer(_products(torch, value, weights))
+            for kind, products in (("dense", _dense), ("sparse", _sparse)):
+                with ALGORITHMS.searching():  # of the first products, before any is timed
+                    calls[_name(size, (batch, tokens), kind)] = timer(products(torch, value, group))
     samples, _ = rounds(calls, StopRule(runs=ROUNDS, precision=0.0, budget_s=math.inf))
     return tuple(
         LayerTimes(
@@ -92,11 +93,22 @@ def timer_of(torch: Any, *, compiled: bool) -> Timer:
     return wall_clock
 
 
-def _products(torch: Any, value: Any, weights: Sequence[tuple[Any, Any]]) -> Callable[[], None]:
+def _dense(torch: Any, value: Any, group: Sequence[Compressed]) -> Callable[[], None]:
     def run() -> None:
         with torch.inference_mode():
-            for weight, bias in weights:
-                torch.nn.functional.linear(value, weight, bias)
+            for each in group:
+                torch.nn.functional.linear(value, each.dense, each.bias)
+
+    return run
+
+
+def _sparse(torch: Any, value: Any, group: Sequence[Compressed]) -> Callable[[], None]:
+    multiply = operator(torch)
+
+    def run() -> None:
+        with torch.inference_mode():
+            for each in group:
+                multiply(each.sparse, value, each.bias, each.dense.shape[0])
 
     return run
 

@@ -1,11 +1,8 @@
-"""2:4 weights of a PyTorch model in cuSPARSELt's kernels, through torch.sparse.to_sparse_semi_structured.
+"""2:4 weights of a PyTorch model in cuSPARSELt's kernels: which of them can, and how they get there.
 
-PyTorch compresses a weight of nn.Linear, and every product with it is a sparse one from then on, by cuSPARSELt's
-default algorithm. Its tensors have no place for all that a search finds, such as how inputs are split among blocks;
-pst predict searches, and says what a product would take.
+A weight of nn.Linear is compressed, and every product with it is a sparse one from then on (_torch_sparse_linear.py).
 """
 
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,10 +10,13 @@ from typing import Any
 from pst.errors import EngineError
 from pst.patterns import parse_pattern
 from pst.progress import note
+from serve.engines._torch_products import WIDTH_MULTIPLE, fits
+from serve.engines._torch_sparse_linear import linear_class
 
 PATTERN = "2:4"
 WRONG_FORM = "it is no nn.Linear"
 NOT_HELD = f"it does not hold {PATTERN}"
+WRONG_SIZE = f"cuSPARSELt takes outputs and inputs in multiples of {WIDTH_MULTIPLE} alone"
 NOT_CHOSEN = "it was not clearly faster sparse when it was tuned"
 
 
@@ -52,6 +52,7 @@ class Compressed:
     dense: Any
     """(outputs, inputs), fp16."""
     sparse: Any
+    """As cuSPARSELt packs it."""
 
     @property
     def bias(self) -> Any:
@@ -74,11 +75,12 @@ def compress(torch: Any, weights: Sequence[Any], *, where: str) -> tuple[list[Co
     result = []
     for each in found:
         dense = each.weight.detach().contiguous()
+        if not fits(*dense.shape):
+            others[each.name] = WRONG_SIZE
+            continue
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that its interface is a prototype
-                sparse = torch.sparse.to_sparse_semi_structured(dense)
-        except RuntimeError as error:  # of sizes that its kernels do not take
+            sparse = torch._cslt_compress(dense)
+        except RuntimeError as error:
             others[each.name] = str(error).strip().splitlines()[0].rstrip(".")
             continue
         result.append(Compressed(name=each.name, module=each.module, dense=dense, sparse=sparse))
@@ -96,6 +98,7 @@ def install_(torch: Any, found: Sequence[Compressed], others: Mapping[str, str])
     for each in found:
         if each.name not in others:
             each.module.weight = torch.nn.Parameter(each.sparse, requires_grad=False)
+            each.module.__class__ = linear_class(torch)
             result.sparse.append(each.name)
     rest = f"; {len(others)} stay dense ({_first(others)})" if others else ""
     count = len(result.sparse) + len(others)

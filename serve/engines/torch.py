@@ -21,6 +21,7 @@ from serve.describe import max_positions
 from serve.engines import ANY_SHAPE, Array, Shapes, TensorSpec, check_feeds
 from serve.engines._torch_autotune import autotune, timer_of
 from serve.engines._torch_sparse import SparseWeights, compress, install_, known_dense
+from serve.engines._torch_sparse_linear import ALGORITHMS
 from serve.engines._torch_variant import Variant, parse_variant
 from serve.layers import LayerTimes, dense_weights
 
@@ -98,7 +99,12 @@ class TorchEngine(Closing):
             timer = timer_of(torch, compiled=asked.compiled)
             self.layer_times = autotune(torch, found, shapes=shapes, timer=timer, where=where)
             others |= dense_weights(self.layer_times)
-        return install_(torch, found, others)
+        installed = install_(torch, found, others)
+        with ALGORITHMS.searching(), torch.inference_mode():
+            for shape in shapes.fixed:
+                ids = torch.zeros(shape, dtype=torch.int64, device=self._device)
+                self._model(input_ids=ids, attention_mask=torch.ones_like(ids))
+        return installed
 
     @property
     def prepared_shapes(self) -> tuple[tuple[int, int], ...]:

@@ -1,13 +1,14 @@
 """Timing layers dense and sparse on the processor, where weights of another value stand for compressed ones."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from pst.errors import EngineError
 from pst.sparsify import PrunableWeight
-from serve.engines import Shapes
+from serve.engines import Shapes, _torch_sparse_linear
 from serve.engines._torch_autotune import ROUNDS, Timer, autotune, time_layers, timer_of
 from serve.engines._torch_products import has_cusparselt, random_pair
 from serve.engines._torch_sparse import Compressed, compress
@@ -17,6 +18,12 @@ SHAPES = ((1, 4), (2, 8))
 gpu = pytest.mark.skipif(
     not (torch.cuda.is_available() and has_cusparselt(torch)), reason="needs an NVIDIA GPU with cuSPARSELt"
 )
+
+
+@pytest.fixture(autouse=True)
+def on_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(_torch_sparse_linear, "product", lambda torch, packed, value, bias, _: packed @ value)
 
 
 def compressed(name: str, outputs: int, inputs: int, *, bias: bool = True) -> Compressed:
@@ -41,11 +48,16 @@ def says(monkeypatch: pytest.MonkeyPatch, milliseconds: Callable[[tuple[int, ...
     """A timer by which a product takes ``milliseconds(the weight's shape, whether it is the compressed one)``."""
     linear, now = torch.nn.functional.linear, [0.0]
 
-    def product(value: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        now[0] += milliseconds(tuple(weight.shape), not weight.any())
+    def dense(value: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        now[0] += milliseconds(tuple(weight.shape), False)
         return linear(value, weight, bias)
 
-    monkeypatch.setattr(torch.nn.functional, "linear", product)
+    def sparse(torch: Any, packed: torch.Tensor, value: torch.Tensor, *_: object) -> torch.Tensor:
+        now[0] += milliseconds(tuple(packed.shape), True)
+        return packed @ value
+
+    monkeypatch.setattr(torch.nn.functional, "linear", dense)
+    monkeypatch.setattr(_torch_sparse_linear, "product", sparse)
 
     def timer(run: Callable[[], object]) -> Call:
         def call() -> float:

@@ -22,6 +22,7 @@ from serve.engines._torch_sparse import (
     install_,
     known_dense,
 )
+from serve.engines._torch_sparse_linear import linear_class
 from serve.engines._torch_variant import parse_variant
 from serve.engines.torch import TorchEngine
 
@@ -138,7 +139,8 @@ def test_what_stays_dense_keeps_its_weight(capsys: pytest.CaptureFixture[str]) -
     result = install_(torch, found, {"d": WRONG_FORM, **known_dense(found, ["c", "a"], where="model")})
     assert result.sparse == ["a", "c"]
     assert result.dense == {"d": WRONG_FORM, "b": NOT_CHOSEN}
-    assert [bool((each.module.weight == 0).all()) for each in found] == [True, False, True]
+    assert [each.module.weight is not None and not each.module.weight.any() for each in found] == [True, False, True]
+    assert [type(each.module) is linear_class(torch) for each in found] == [True, False, True]
     assert torch.equal(found[1].module.weight, found[1].dense)
     assert "2 of 4 prunable weights run in cuSPARSELt's 2:4 kernels; 2 stay dense (d: " in capsys.readouterr().err
 
