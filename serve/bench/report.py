@@ -166,6 +166,11 @@ class Report:
         busy = busy_note(*(self.environment.get(f"gpu_busy_{when}") for when in ("before", "after")))
         return [*said, *([] if busy is None else [busy])]
 
+    def _inference_ms(self, receipt: Receipt) -> float | None:
+        """The median latency of what *receipt* is of."""
+        found = (each for each in self.of(receipt.artifact) if each.workload == receipt.workload)
+        return next((each.latency.p50 for each in found), None)
+
     def to_json(self) -> dict[str, Any]:
         """The content of report.json."""
         return {
@@ -193,7 +198,7 @@ class Report:
             "process_peak_bytes": self.process_peak_bytes,
             "notes": self.notes(),
             "verdicts": self.verdicts(),
-            "receipts": [receipt.to_json() for receipt in self.receipts],
+            "receipts": [receipt.to_json(inference_ms=self._inference_ms(receipt)) for receipt in self.receipts],
         }
 
     def write(self, folder: Path) -> None:
@@ -212,7 +217,8 @@ class Report:
         lines += ["## Latency", "", *markdown_table(*latency_table(content)), ""]
         lines += [*(f"- {sentence}" for sentence in self.notes()), "", self.method, ""]
         for receipt in self.receipts:
-            lines += [f"## Receipt of {receipt.artifact} at {receipt.workload}", "", summary(receipt), ""]
+            said = summary(receipt, inference_ms=self._inference_ms(receipt))
+            lines += [f"## Receipt of {receipt.artifact} at {receipt.workload}", "", said, ""]
             lines += [*markdown_table(*receipt_table(receipt)), ""]
         lines += ["## Machine", "", *(f"- {name}: {value}" for name, value in machine_lines(self.environment)), ""]
         return "\n".join(lines)
@@ -235,7 +241,11 @@ class Report:
             for row in rows:
                 table.add_row(*row)
             console.print(table)
-        said = [f"The receipt above is that of {each.artifact} at {each.workload}. {summary(each)}" for each in last]
+        said = [
+            f"The receipt above is that of {each.artifact} at {each.workload}. "
+            f"{summary(each, inference_ms=self._inference_ms(each))}"
+            for each in last
+        ]
         for sentence in (*said, *self.notes(), *self.verdicts()):
             console.print(sentence, markup=False, soft_wrap=not terminal)
         return stream.getvalue().rstrip("\n")
