@@ -4,7 +4,7 @@ import dataclasses
 import io
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from serve.bench.report_tables import (
 )
 from serve.bench.stopping import Stopped
 from serve.bench.timing import EQUAL_WITHIN, Latency, Speedup
+from serve.layers import LayerTimes, describe_choices
 
 SCHEMA_VERSION = 2
 """2 added why each workload ended, first inferences, memory, energy and the size of plans; 1 can still be compared."""
@@ -140,6 +141,8 @@ class Report:
     """By workload: why its measurement ended."""
     process_peak_bytes: int | None = None
     """The most memory of the host that this process had while any artifact was loaded or warmed up."""
+    layers: Mapping[str, Sequence[Sequence[LayerTimes]]] = field(default_factory=dict)
+    """By subject whose engine chose which layers run sparse: at each opening, the times of these layers."""
 
     def of(self, subject: str) -> list[Measurement]:
         """One artifact's measurements, in the workloads' order."""
@@ -159,8 +162,9 @@ class Report:
         return [verdict(subject, self.of(subject.name), baseline=baseline) for subject in self.subjects[1:]]
 
     def notes(self) -> list[str]:
-        """How well each workload is known, and why not better; the memory of all together; who else used the GPU."""
+        """How well each workload is known; which layers were chosen; the memory of all; who else used the GPU."""
         said = [why.sentence(workload) for workload, why in self.stopped.items()]
+        said += [describe_choices(name, openings) for name, openings in self.layers.items()]
         if self.process_peak_bytes is not None:
             said.append(f"All artifacts together took {megabytes(self.process_peak_bytes)} MB of host memory at most.")
         busy = busy_note(*(self.environment.get(f"gpu_busy_{when}") for when in ("before", "after")))
