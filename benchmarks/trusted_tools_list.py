@@ -242,13 +242,13 @@ def _others(job: Job) -> list[_Way]:
 
 def _fused(job: Job) -> Path:
     """What our ONNX Runtime CUDA engine runs for texts without padding, as serve/engines/_onnxruntime_cuda.py says."""
-    from serve.engines._onnxruntime_cuda import fused
+    from serve.engines._onnxruntime_cuda import fused, takes_padding
 
     file = job.folder / "fused.onnx"
     if file.is_file():
         return file
     model = fused(job.artifact / "model.onnx", unpadded=True)
-    if model is not None and model.reads_mask:
+    if takes_padding(model):
         model = fused(job.artifact / "model.onnx", unpadded=False)
     if model is None:
         return job.artifact / "model.onnx"

@@ -3,6 +3,7 @@
 Layers of one shape (outputs x inputs) run the same product, so that they are timed and chosen together.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -70,3 +71,22 @@ def describe_layers(layers: Iterable[LayerTimes]) -> str:
     """For people: 3072 x 768 sparse (1.31×), 768 x 768 dense (0.93×)."""
     words = [f"{each.shape} {'sparse' if each.is_sparse else 'dense'} ({each.speedup.ratio:.2f}×)" for each in layers]
     return ", ".join(words)
+
+
+def describe_choices(name: str, openings: Sequence[Sequence[LayerTimes]]) -> str:
+    """A sentence on the layers of *name*, which were timed at each of *openings*: what was chosen, and how steadily."""
+    first, count = openings[0], len(openings)
+    if count == 1:
+        return f"Layers of {name}: {describe_layers(first)}."
+    choices = Counter(tuple(each.is_sparse for each in layers) for layers in openings)
+    if len(choices) == 1:
+        words = [f"{each.shape} {'sparse' if each.is_sparse else 'dense'}" for each in first]
+        return (
+            f"Layers of {name} were timed at each of {count} openings, always with the same choice: {', '.join(words)}."
+        )
+    sparse = [sum(layers[place].is_sparse for layers in openings) for place in range(len(first))]
+    words = [f"{each.shape} sparse in {often}" for each, often in zip(first, sparse, strict=True)]
+    return (
+        f"Layers of {name} were timed at each of {count} openings, and the choice differed: {', '.join(words)}. Of "
+        f"{len(choices)} choices the most frequent was made {max(choices.values())} times; the ratios are those of all."
+    )

@@ -9,7 +9,7 @@ from typing import Any
 
 from serve.bench.charts import COLORS, Bar, Dot, Interval, bars, dots, intervals
 from serve.bench.receipt import Receipt
-from serve.bench.receipt_text import layer_table
+from serve.bench.receipt_text import layer_table, slowed_sentence
 from serve.bench.report_tables import artifact_table, by_workload, latency_table
 
 STYLE = """
@@ -63,7 +63,7 @@ def page(report: Mapping[str, Any], *, machine: Sequence[tuple[str, str]]) -> st
     if report.get("receipts"):
         parts += [
             "<h2>Receipt: where the sparsity of each layer went</h2>",
-            *_receipts(list(map(Receipt.from_json, report["receipts"]))),
+            *_receipts(report),
         ]
     parts += ["<h2>Method</h2>", f'<p class="soft">{escape(report["method"])}</p>', "<h2>Machine</h2>"]
     parts += [_table(["", ""], [[(label, ""), (value, "why")] for label, value in machine])]
@@ -135,13 +135,18 @@ def _numbers(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return _table(header, [list(zip(row, number, strict=True)) for row in rows])
 
 
-def _receipts(receipts: Sequence[Receipt]) -> list[str]:
+def _receipts(report: Mapping[str, Any]) -> list[str]:
     """All of them, the first with zeros unfolded."""
+    receipts = list(map(Receipt.from_json, report["receipts"]))
+    median = {(each["artifact"], each["workload"]): each["latency"]["p50"] for each in report["measurements"]}
     first = next((each for each in receipts if any(layer.pattern != "dense" for layer in each.layers)), None)
-    return [_receipt(each, unfolded=each is first) for each in receipts]
+    return [
+        _receipt(each, inference_ms=median.get((each.artifact, each.workload)), unfolded=each is first)
+        for each in receipts
+    ]
 
 
-def _receipt(receipt: Receipt, *, unfolded: bool) -> str:
+def _receipt(receipt: Receipt, *, inference_ms: float | None, unfolded: bool) -> str:
     header, rows = layer_table(receipt)
     styles = [_LAYER_STYLES.get(title, "") for title in header]
     kinds = [
@@ -152,8 +157,11 @@ def _receipt(receipt: Receipt, *, unfolded: bool) -> str:
     said = f"{receipt.layers_ms:.2f} of {receipt.total_ms:.2f} ms are in layers that can be told apart"
     if receipt.limit is None:
         said += "; others are fused."
+    elif receipt.is_slowed(inference_ms):
+        said += "."
     else:
         said += f": without them the model would be {receipt.limit:.1f}× as fast, and no sparse kernel can do more."
+    said = " ".join([said, *slowed_sentence(receipt, inference_ms)])
     table = _table(header, [list(zip(row, styles, strict=True)) for row in rows], kinds=kinds)
     start = "<details open>" if unfolded else "<details>"
     return f'{start}<summary>{escape(title)}</summary><p class="soft">{escape(said)}</p>{table}</details>'

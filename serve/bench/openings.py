@@ -12,6 +12,7 @@ from serve.bench.timing import Speedup, Timing, compare_openings, compare_sample
 from serve.bench.workload import Workload
 from serve.decoding import Decoding, empty_cache, open_cache
 from serve.engines import Engine
+from serve.layers import LayerTimes
 
 LEAST_OPENINGS = 6
 """The fewest whose least and greatest ratio enclose the median with 95% confidence, see median_interval."""
@@ -35,6 +36,8 @@ class Opening:
     """Of each workload."""
     stopped: list[Stopped] = field(default_factory=list)
     energy: list[dict[str, Energy | None]] = field(default_factory=list)
+    layers: dict[str, tuple[LayerTimes, ...]] = field(default_factory=dict)
+    """By artifact, the layers that its engine timed when it was opened, to choose which run sparse."""
 
     @property
     def seconds(self) -> float:
@@ -51,6 +54,7 @@ class Opening:
         budget_s: float,
     ) -> None:
         """All *workloads* in turn; *gpu* is asked for the energy, where there is one."""
+        self.layers = {name: each for name, engine in engines.items() if (each := getattr(engine, "layer_times", ()))}
         for index, workload in enumerate(workloads):
             calls = {}
             for name, engine in engines.items():

@@ -24,6 +24,8 @@ RUNS = 12
 SPARSE_BELOW = 0.95
 """Density from which on down a weight counts as sparse."""
 DENSE = "there are no zeros to speak of"
+SLOWED_FROM = 1.2
+"""All layers of the profile over an inference, from which on what the profiler adds spoils what follows from them."""
 REMOVED = "{now} is left of {before}: removed, not zero, so that every runtime saves it"
 
 
@@ -82,7 +84,7 @@ class Receipt:
     artifact: str
     workload: str
     total_ms: float
-    """All nodes together, with the profiler on; a little more than an inference without it."""
+    """All nodes together, with the profiler on; see is_slowed."""
     layers: tuple[Layer, ...]
     others: tuple[Other, ...] = ()
     """The longest first."""
@@ -103,16 +105,26 @@ class Receipt:
     def limit(self) -> float | None:
         """Total over what is left without these layers: no sparse kernel could make the model faster than that.
 
-        None where some of them are fused with others, or none can be found, so that their time is not known.
+        None where some of them are fused with others, or none can be found, so that their time is not known. Means
+        nothing where the profile is_slowed.
         """
         if any(layer.fused for layer in self.layers) or all(layer.time_ms is None for layer in self.layers):
             return None
         rest = self.total_ms - self.layers_ms
         return self.total_ms / rest if rest > 0 else float("inf")
 
-    def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
-        return {**asdict(self), "layers_ms": self.layers_ms, "limit": self.limit}
+    def is_slowed(self, inference_ms: float | None) -> bool:
+        """Whether this took clearly longer than *inference_ms*, the median latency of the same without a profiler.
+
+        What the profiler adds to each layer, most of all to the small ones, is then no small part of the times. None is
+        a latency that is not known, which says nothing.
+        """
+        return inference_ms is not None and self.total_ms > SLOWED_FROM * inference_ms
+
+    def to_json(self, *, inference_ms: float | None = None) -> dict[str, Any]:
+        """As plain JSON values; *inference_ms*: see is_slowed."""
+        limit = None if self.is_slowed(inference_ms) else self.limit
+        return {**asdict(self), "layers_ms": self.layers_ms, "limit": limit}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Receipt":

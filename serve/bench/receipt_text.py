@@ -61,9 +61,15 @@ def _chosen(layer: Layer) -> str:
     return {True: "eligible", False: "none", None: "not told"}[layer.eligible]
 
 
-def summary(receipt: Receipt) -> str:
-    """How much of the time is in these layers, why zeros saved none of it, and what would."""
-    sentences = [_share(receipt), *_rest(receipt)]
+def summary(receipt: Receipt, *, inference_ms: float | None = None) -> str:
+    """How much of the time is in these layers, why zeros saved none of it, and what would.
+
+    *inference_ms*: median latency of an inference without the profiler, where it is known. What would follow from times
+    that the profiler made much longer is not said.
+    """
+    slowed = receipt.is_slowed(inference_ms)
+    sentences = [_share(receipt, slowed=slowed), *slowed_sentence(receipt, inference_ms)]
+    sentences += _rest(receipt, slowed=slowed)
     saving = [layer for layer in receipt.layers if not layer.sparse_kernel]
     sentences += [f"{why}." for why in dict.fromkeys(layer.why for layer in saving if layer.is_sparse)]
     sentences += [
@@ -72,7 +78,17 @@ def summary(receipt: Receipt) -> str:
     return " ".join(sentence[0].upper() + sentence[1:] for sentence in sentences)
 
 
-def _rest(receipt: Receipt) -> Iterator[str]:
+def slowed_sentence(receipt: Receipt, inference_ms: float | None) -> Iterator[str]:
+    """That the profile took much longer than an inference, where it did."""
+    if receipt.is_slowed(inference_ms):
+        yield (
+            f"The profile took {receipt.total_ms:.2f} ms where an inference takes {inference_ms:.2f}: what the "
+            "profiler adds, such as launches and waits, is in every layer's time, so small layers seem longer than "
+            "they are, and how much faster the model would be without these layers is not said."
+        )
+
+
+def _rest(receipt: Receipt, *, slowed: bool) -> Iterator[str]:
     """What else takes time, and whether that alone takes longer than the whole baseline."""
     told = [other for other in receipt.others[:TOLD] if other.time_ms >= WORTH_TELLING * receipt.total_ms]
     if told:
@@ -82,14 +98,14 @@ def _rest(receipt: Receipt) -> Iterator[str]:
     if ran:
         yield f"Sparse kernels ran in {ran} of {sum(layer.is_sparse for layer in receipt.layers)} layers with zeros."
     baseline = receipt.baseline_total_ms
-    if ran and baseline is not None and receipt.others_ms > baseline:
+    if ran and not slowed and baseline is not None and receipt.others_ms > baseline:
         yield (
             f"What computes with no weight takes longer than all of the baseline ({baseline:.2f} ms), so that no "
             "sparse kernel can make up for it: fusions that the baseline has are lost in this form."
         )
 
 
-def _share(receipt: Receipt) -> str:
+def _share(receipt: Receipt, *, slowed: bool) -> str:
     if receipt.limit is None:
         fused = {layer.node: layer.fused_ms for layer in receipt.layers if layer.fused_ms is not None}
         count, time = sum(1 for layer in receipt.layers if layer.fused), sum(fused.values())
@@ -100,7 +116,5 @@ def _share(receipt: Receipt) -> str:
             f"{receipt.total_ms:.2f} ms."
         )
     share = receipt.layers_ms / receipt.total_ms
-    return (
-        f"These layers take {receipt.layers_ms:.2f} of {receipt.total_ms:.2f} ms ({share:.0%}); if they took no time, "
-        f"the model would be {receipt.limit:.1f}× as fast."
-    )
+    said = f"These layers take {receipt.layers_ms:.2f} of {receipt.total_ms:.2f} ms ({share:.0%})"
+    return f"{said}." if slowed else f"{said}; if they took no time, the model would be {receipt.limit:.1f}× as fast."

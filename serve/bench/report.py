@@ -4,7 +4,7 @@ import dataclasses
 import io
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from serve.bench.report_tables import (
 )
 from serve.bench.stopping import Stopped
 from serve.bench.timing import EQUAL_WITHIN, Latency, Speedup
+from serve.layers import LayerTimes, describe_choices
 
 SCHEMA_VERSION = 2
 """2 added why each workload ended, first inferences, memory, energy and the size of plans; 1 can still be compared."""
@@ -140,6 +141,8 @@ class Report:
     """By workload: why its measurement ended."""
     process_peak_bytes: int | None = None
     """The most memory of the host that this process had while any artifact was loaded or warmed up."""
+    layers: Mapping[str, Sequence[Sequence[LayerTimes]]] = field(default_factory=dict)
+    """By subject whose engine chose which layers run sparse: at each opening, the times of these layers."""
 
     def of(self, subject: str) -> list[Measurement]:
         """One artifact's measurements, in the workloads' order."""
@@ -159,12 +162,18 @@ class Report:
         return [verdict(subject, self.of(subject.name), baseline=baseline) for subject in self.subjects[1:]]
 
     def notes(self) -> list[str]:
-        """How well each workload is known, and why not better; the memory of all together; who else used the GPU."""
+        """How well each workload is known; which layers were chosen; the memory of all; who else used the GPU."""
         said = [why.sentence(workload) for workload, why in self.stopped.items()]
+        said += [describe_choices(name, openings) for name, openings in self.layers.items()]
         if self.process_peak_bytes is not None:
             said.append(f"All artifacts together took {megabytes(self.process_peak_bytes)} MB of host memory at most.")
         busy = busy_note(*(self.environment.get(f"gpu_busy_{when}") for when in ("before", "after")))
         return [*said, *([] if busy is None else [busy])]
+
+    def _inference_ms(self, receipt: Receipt) -> float | None:
+        """The median latency of what *receipt* is of."""
+        found = (each for each in self.of(receipt.artifact) if each.workload == receipt.workload)
+        return next((each.latency.p50 for each in found), None)
 
     def to_json(self) -> dict[str, Any]:
         """The content of report.json."""
@@ -193,7 +202,7 @@ class Report:
             "process_peak_bytes": self.process_peak_bytes,
             "notes": self.notes(),
             "verdicts": self.verdicts(),
-            "receipts": [receipt.to_json() for receipt in self.receipts],
+            "receipts": [receipt.to_json(inference_ms=self._inference_ms(receipt)) for receipt in self.receipts],
         }
 
     def write(self, folder: Path) -> None:
@@ -212,7 +221,8 @@ class Report:
         lines += ["## Latency", "", *markdown_table(*latency_table(content)), ""]
         lines += [*(f"- {sentence}" for sentence in self.notes()), "", self.method, ""]
         for receipt in self.receipts:
-            lines += [f"## Receipt of {receipt.artifact} at {receipt.workload}", "", summary(receipt), ""]
+            said = summary(receipt, inference_ms=self._inference_ms(receipt))
+            lines += [f"## Receipt of {receipt.artifact} at {receipt.workload}", "", said, ""]
             lines += [*markdown_table(*receipt_table(receipt)), ""]
         lines += ["## Machine", "", *(f"- {name}: {value}" for name, value in machine_lines(self.environment)), ""]
         return "\n".join(lines)
@@ -235,7 +245,11 @@ class Report:
             for row in rows:
                 table.add_row(*row)
             console.print(table)
-        said = [f"The receipt above is that of {each.artifact} at {each.workload}. {summary(each)}" for each in last]
+        said = [
+            f"The receipt above is that of {each.artifact} at {each.workload}. "
+            f"{summary(each, inference_ms=self._inference_ms(each))}"
+            for each in last
+        ]
         for sentence in (*said, *self.notes(), *self.verdicts()):
             console.print(sentence, markup=False, soft_wrap=not terminal)
         return stream.getvalue().rstrip("\n")

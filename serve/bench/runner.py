@@ -132,6 +132,7 @@ def bench(
         receipts=found,
         stopped=stopped,
         process_peak_bytes=memory.process_peak,
+        layers={name: [one.layers[name] for one in taken] for name in taken[0].layers},
     )
     with atomic_folder(output, overwrite=overwrite) as folder:
         report.write(folder)

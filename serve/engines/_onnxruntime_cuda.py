@@ -8,6 +8,7 @@ A decoder's cache wants the scores of the last token alone. Its sessions compute
 infer, which gives the scores of every token.
 """
 
+import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -61,6 +62,10 @@ class FusedSessions:
         self._max_length = max_length
         self._cached = list(cache_inputs(inputs))
         self._sessions: dict[_Kind, DeviceSession] = {}
+        self._forms: dict[_Kind, _Kind | None] = {}
+        """What was fused for each session: for itself or, where that does for both, for padded texts; None: nothing."""
+        self._files: dict[_Kind, tuple[Path, Mapping[str, str]]] = {}
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._said: set[str] = set()
         self._plain = [] if plain is None else plain
         self._lock = threading.RLock()
@@ -82,17 +87,39 @@ class FusedSessions:
         """The InferenceSession that continues *feeds*; it may give the scores of the last token alone."""
         return self._session_for(_Kind(unpadded=is_unpadded(feeds), last=True)).session
 
+    def graph_file(self, feeds: Mapping[str, Array]) -> tuple[Path, Mapping[str, str]]:
+        """The file of the graph that runs *feeds*, until close, and which weights lie beside others in it.
+
+        That is the artifact's own, or what was fused, which is made once more: the bytes of a session are not kept. Of
+        a decoder it is the graph that reads a prompt. For the names see serve.engines._onnxruntime_fusion.
+        """
+        kind = _Kind(unpadded=is_unpadded(feeds), last=bool(self._cached))
+        with self._lock:
+            self._session_for(kind)
+            form = self._forms[kind]
+            if form is None:
+                return self._file, {}
+            if form not in self._files:
+                self._folder = self._folder or tempfile.TemporaryDirectory()
+                path, made = Path(self._folder.name) / f"fused-{len(self._files)}.onnx", self._make(form)
+                assert made is not None
+                path.write_bytes(made.content)
+                self._files[form] = path, made.merged
+            return self._files[form]
+
     def _session_for(self, kind: "_Kind") -> DeviceSession:
         with self._lock:
             return self._sessions.get(kind) or self._new_session(kind)
 
     def _new_session(self, kind: "_Kind") -> DeviceSession:
         model = self._fused(kind)
-        if kind.unpadded and (model is None or model.reads_mask):
-            # The mask is still read: one session does for all.
-            self._sessions[kind] = self._session_for(_Kind(unpadded=False, last=kind.last))
+        if kind.unpadded and takes_padding(model):
+            for_all = _Kind(unpadded=False, last=kind.last)
+            self._sessions[kind] = self._session_for(for_all)
+            self._forms[kind] = self._forms[for_all]
             return self._sessions[kind]
         session = None if model is None else self._checked(model.content, kind)
+        self._forms[kind] = None if session is None else kind
         if session is None:
             self.fused = 0
             session = self._device_session(lambda: str(self._file), kind)
@@ -105,7 +132,7 @@ class FusedSessions:
 
         def model() -> bytes:
             if not held:  # once more, for which it is made again: it may take as much memory as the weights
-                again = fused(self._file, unpadded=kind.unpadded, last=kind.last)
+                again = self._make(kind)
                 assert again is not None
                 held.append(again.content)
             return held.pop()
@@ -146,9 +173,12 @@ class FusedSessions:
         if not self._known_inputs():
             self._say(f"{self._file} has inputs of its own, so nothing in it is fused; ONNX Runtime runs it as it is.")
             return None
-        found = fused(self._file, unpadded=kind.unpadded, last=kind.last, say=self._say)
+        found = self._make(kind)
         self.fused = found.count if found else 0
         return found
+
+    def _make(self, kind: "_Kind") -> "_Fused | None":
+        return fused(self._file, unpadded=kind.unpadded, last=kind.last, say=self._say)
 
     def _expected(self, kind: "_Kind") -> list[Array]:
         """What the file as it is computes; its session is closed before another opens."""
@@ -187,10 +217,15 @@ class FusedSessions:
         return feeds
 
     def close(self) -> None:
-        """Give up every session."""
+        """Give up every session and file."""
         for session in self._sessions.values():
             session.close()
         self._sessions.clear()
+        self._forms.clear()
+        self._files.clear()
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,6 +252,11 @@ class _Fused:
         self.merged = merged_weights(model)
         """See serve.engines._onnxruntime_fusion."""
         self.reads_mask = any(MASK in node.input for node in model.graph.node if node.op_type != "Shape")
+
+
+def takes_padding(model: _Fused | None) -> bool:
+    """Whether what was made for texts without padding does for all: the mask is still read, or nothing was fused."""
+    return model is None or model.reads_mask
 
 
 def fused(file: Path, *, unpadded: bool, last: bool = False, say: Callable[[str], None] = note) -> _Fused | None:

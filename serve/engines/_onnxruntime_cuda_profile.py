@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ import numpy as np
 
 from pst.errors import EngineError
 from serve.engines import Array, LayerTime
-from serve.engines._onnxruntime_cuda import fused, is_unpadded
 from serve.engines._onnxruntime_profile import OnnxRuntimeProfiler
 from serve.engines._onnxruntime_providers import Providers, session_options
 
@@ -29,15 +28,18 @@ WAITING = {"CUDA_LAUNCH_BLOCKING": "1"}
 RUNS = 8
 """Inferences of the process, of which those that OnnxRuntimeProfiler leaves out do not count."""
 
+GraphFile = Callable[[Mapping[str, Array]], tuple[Path, Mapping[str, str]]]
+"""FusedSessions.graph_file of the engine (serve.engines._onnxruntime_cuda)."""
+
 
 class CudaProfiler:
     """See serve.engines.Profiler. The process starts with finish, which is when all of the GPU's memory is needed."""
 
     explain = staticmethod(OnnxRuntimeProfiler.explain)
 
-    def __init__(self, file: Path, *, providers: Providers, threads: int) -> None:
-        """For the model *file*, where *providers* (serve.engines._onnxruntime_providers) run it."""
-        self._file, self._providers, self._threads = file, providers, threads
+    def __init__(self, file: Path, graph_file: GraphFile, *, providers: Providers, threads: int) -> None:
+        """For the model *file*, where *providers* (serve.engines._onnxruntime_providers) run *graph_file* of it."""
+        self._file, self._graph_file, self._providers, self._threads = file, graph_file, providers, threads
         self._feeds: dict[str, Array] = {}
 
     def run(self, feeds: Mapping[str, Array]) -> None:
@@ -47,17 +49,12 @@ class CudaProfiler:
     def finish(self, *, weights: Iterable[str]) -> tuple[LayerTime, ...]:
         """See Profiler. Raises EngineError where the process fails."""
         with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            rewritten = self._fused()
-            model = self._file
-            if rewritten is not None:
-                model = folder / "fused.onnx"
-                model.write_bytes(rewritten.content)
-            np.savez(folder / "feeds.npz", **self._feeds)  # type: ignore[arg-type]
+            feeds = Path(name) / "feeds.npz"
+            np.savez(feeds, **self._feeds)  # type: ignore[arg-type]
+            model, merged = self._graph_file(self._feeds)
             settings = {
-                "model": str(model), "original": str(self._file), "feeds": str(folder / "feeds.npz"),
-                "merged": rewritten.merged if rewritten is not None else {}, "weights": list(weights),
-                "providers": self._providers, "threads": self._threads,
+                "model": str(model), "original": str(self._file), "feeds": str(feeds), "merged": dict(merged),
+                "weights": list(weights), "providers": self._providers, "threads": self._threads,
             }  # fmt: skip
             done = subprocess.run(
                 [sys.executable, "-m", __name__], input=json.dumps(settings), env=os.environ | WAITING,
@@ -67,14 +64,6 @@ class CudaProfiler:
             last = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
             raise EngineError(f"The process that profiles {self._file} failed: {last}")
         return tuple(LayerTime(**{**each, "weights": tuple(each["weights"])}) for each in json.loads(done.stdout))
-
-    def _fused(self) -> Any:
-        """The graph that the engine runs these feeds with; None where that is the file."""
-        unpadded = is_unpadded(self._feeds)
-        found = fused(self._file, unpadded=unpadded, say=lambda _: None)
-        if found is not None and unpadded and found.reads_mask:
-            return fused(self._file, unpadded=False, say=lambda _: None)
-        return found
 
 
 def main() -> None:

@@ -140,7 +140,7 @@ class OnnxRuntimeEngine(Closing):
         if self._fused is not None:
             from serve.engines._onnxruntime_cuda_profile import CudaProfiler
 
-            return CudaProfiler(self._file, providers=self._asked, threads=self.threads)
+            return CudaProfiler(self._file, self._fused.graph_file, providers=self._asked, threads=self.threads)
         if not self.name.endswith("cpu"):
             raise EngineError("ONNX Runtime does not tell what its TensorRT provider runs; choose the engine tensorrt.")
         from serve.engines._onnxruntime_profile import OnnxRuntimeProfiler

@@ -112,7 +112,7 @@ def tune(
     ]
     whole = _decide_overall(opened, searches, finals, workloads, told, times)
     tuned = Tuned(
-        environment=machine, folder=output, threads=threads, spanned=spanned, candidates=tuple(opened),
+        environment=machine, folder=output.absolute(), threads=threads, spanned=spanned, candidates=tuple(opened),
         left_out=tuple(left_out), layers=layers, by="geometric mean" if times is None else "traffic",
         workloads=tuple(parts), overall=whole,
         advice=(*advice([*parts, whole], told, opened), *filter(None, [busy])),

@@ -105,7 +105,7 @@ class Tuned:
 
     environment: dict[str, Any]
     folder: Path
-    """Where tuned.json is to lie."""
+    """Where tuned.json is to lie, from the root on, as the artifacts in it are named."""
     threads: int
     spanned: bool
     candidates: tuple[Candidate, ...]
@@ -121,7 +121,7 @@ class Tuned:
 
     @property
     def command(self) -> str:
-        """The command line that serves the choice for all workloads as it was tuned."""
+        """The command line that serves the choice for all workloads as it was tuned, wherever it is called."""
         return shlex.join(["pst", "serve", str(self.folder)])
 
     def to_json(self) -> dict[str, Any]:

@@ -131,8 +131,9 @@ def _timings(key: PlanKey) -> str:
 
 
 def _built(folder: Path, key: PlanKey, wanted: tuple[Profile, ...]) -> tuple[Profile, ...]:
-    """The profiles of the plan that is like *key* and has just *wanted*, or of the newest that has more; else empty.
+    """The profiles of the newest plan that is like *key* and has just *wanted*, or else has more; empty without any.
 
+    They are in that plan's order, which need not be that of *wanted*.
     Without any that are wanted: of one that takes all shapes from 1x1 on, so that what ``pst export --format tensorrt
     --profile`` built is found by whoever opens the artifact.
     """
@@ -149,7 +150,8 @@ def _built(folder: Path, key: PlanKey, wanted: tuple[Profile, ...]) -> tuple[Pro
         anything = len(profiles) == 1 and profiles[0].smallest == (1, 1) and not profiles[0].is_fixed
         if set(wanted) <= set(profiles) if wanted else anything:
             found.append(profiles)
-    return wanted if wanted in found else next(iter(found), ())
+    just = (profiles for profiles in found if set(profiles) == set(wanted))
+    return next(just, next(iter(found), ()))
 
 
 def build_plan(

@@ -79,7 +79,7 @@ def fixed_profile(shape: Shape, *, past: tuple[int, int, int] | None = None) -> 
 def _span(shapes: Sequence[Shape], *, past: tuple[int, int, int] | None) -> Profile:
     """From the fewest rows and tokens of *shapes* to the most, tuned for the one of middle size."""
     rows, tokens = zip(*shapes, strict=True)
-    middle = sorted(shapes, key=lambda shape: shape[0] * shape[1])[len(shapes) // 2]
+    middle = sorted(shapes, key=lambda shape: (shape[0] * shape[1], shape[1]))[len(shapes) // 2]
     smallest, largest = (min(rows), min(tokens)), (max(rows), max(tokens))
     return Profile(smallest=smallest, usual=middle, largest=largest, past=past)
 

@@ -15,6 +15,7 @@ from pst.errors import ConfigError, DataError
 from serve.bench.runner import bench
 from serve.engines import open_engine
 from serve.evaluate import evaluate
+from serve.layers import LayerTimes
 
 MODULES = (serve.bench.runner, serve.holder)
 
@@ -104,6 +105,57 @@ def test_the_interval_of_several_openings_is_that_of_their_ratios(
         assert (speedup.low, speedup.high) == pytest.approx((ratios.min(), ratios.max()))
         assert speedup.ratio == pytest.approx(np.median(ratios))
         assert speedup.rounds == 6
+
+
+@pytest.mark.parametrize(
+    ("third", "says"),
+    [
+        (
+            (True, False),
+            "bert-2of4 were timed at each of 6 openings, always with the same choice: 8 x 4 sparse, 4 x 8 dense.",
+        ),
+        (
+            (True, True),
+            "bert-2of4 were timed at each of 6 openings, and the choice differed: 8 x 4 sparse in 6, 4 x 8 sparse in "
+            "1. Of 2 choices the most frequent was made 5 times; the ratios are those of all.",
+        ),
+    ],
+)
+def test_layers_that_are_chosen_anew_at_each_opening(
+    bert_artifact: Path, sparse_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    third: tuple[bool, bool], says: str,
+) -> None:  # fmt: skip
+    """As torch-cuda-sparse-autotune does on a GPU; here an engine that only says so."""
+    opened: list[Any] = []
+
+    def choosing(path: Path, **options: Any) -> Any:
+        engine: Any = open_engine(path, **options)
+        if path == sparse_artifact:
+            opened.append(engine)
+            engine.layer_times = layers(*(third if len(opened) == 3 else (True, False)))
+        return engine
+
+    monkeypatch.setattr(serve.bench.runner, "open_engine", choosing)
+    paths, more = [bert_artifact, sparse_artifact], {"threads": 1, "warmup": 1, "receipt": False}
+    report = bench(paths, shapes=[(1, 8)], output=tmp_path / "r", runs=6, openings=6, **more)  # type: ignore[arg-type]
+    assert len(opened) == 6
+    said = [note for note in report.notes() if note.startswith("Layers of")]
+    assert said == [f"Layers of {says}"]
+    for name in ("report.md", "report.json", "report.html"):
+        assert said[0] in (tmp_path / "r" / name).read_text(encoding="utf-8")
+    once = bench(paths, shapes=[(1, 8)], output=tmp_path / "once", runs=2, precision=0, **more)  # type: ignore[arg-type]
+    assert "Layers of bert-2of4: 8 x 4 sparse (2.00×), 4 x 8 dense (0.50×)." in once.notes()
+
+
+def layers(*sparse: bool) -> tuple[LayerTimes, ...]:
+    slow, fast = {"1x8": (2.0,) * 60}, {"1x8": (1.0,) * 60}
+    return tuple(
+        LayerTimes(
+            outputs=outputs, inputs=inputs, weights=(f"{outputs}",), dense=slow if each else fast,
+            sparse=fast if each else slow,
+        )
+        for (outputs, inputs), each in zip(((8, 4), (4, 8)), sparse, strict=True)
+    )  # fmt: skip
 
 
 def test_too_few_openings_are_refused(bert_artifact: Path, tmp_path: Path, opened: Counter[str]) -> None:

@@ -101,6 +101,36 @@ def test_sparse_kernels_that_cannot_make_up_for_lost_fusions(baseline: float | N
     assert Receipt.from_json(json.loads(json.dumps(receipt.to_json()))) == receipt
 
 
+@pytest.mark.parametrize(("factor", "slowed"), [(5.2, True), (1.21, True), (1.19, False), (0.4, False), (None, False)])
+def test_a_profile_that_is_much_longer_than_an_inference(
+    found: tuple[Receipt, ...], factor: float | None, slowed: bool
+) -> None:
+    receipt = found[1]
+    latency = None if factor is None else receipt.total_ms / factor
+    said = summary(receipt, inference_ms=latency)
+    words = "" if latency is None else f"took {receipt.total_ms:.2f} ms where an inference takes {latency:.2f}: "
+    assert (f"The profile {words}what the profiler adds, such as launches and waits, is in" in said) == slowed
+    assert ("if they took no time" in said) != slowed
+    assert (receipt.to_json(inference_ms=latency)["limit"] is None) == slowed
+    assert f"These layers take {receipt.layers_ms:.2f} of {receipt.total_ms:.2f} ms" in said
+
+
+def test_fused_layers_of_a_slowed_profile(bert_artifact: Path) -> None:
+    """Launches of many small kernels do not prove that fusions are lost."""
+    made = replace(manifest.load(bert_artifact, verify=False), info("a", density=0.5), info("q"), info("k"))
+    place = LayerTime(node="s", operator="Softmax", time_ms=3.0, weights=())
+    times = [ran("a"), ran("q", "k"), place]
+    layers = _layers(made, times, {}, lambda *_, **__: Verdict(eligible=True, chosen=True, why="", advice=""))
+    others = (Other(operator="Softmax", count=1, time_ms=3.0),)
+    receipt = Receipt(artifact="a", workload="1x8", total_ms=5.0, layers=layers, others=others, baseline_total_ms=2.0)
+    assert receipt.limit is None
+    for latency, slowed in ((1.0, True), (4.9, False)):
+        said = summary(receipt, inference_ms=latency)
+        assert ("The profile took 5.00 ms where an inference takes 1.00:" in said) == slowed
+        assert ("fusions that the baseline has are lost" in said) != slowed
+        assert "what they are fused into takes 1.00 of 5.00 ms." in said
+
+
 def test_layers_of_a_kind_are_one_row(found: tuple[Receipt, ...]) -> None:
     kinds = groups(found[1])
     assert [len(kind.layers) for kind in kinds] == [2] * 6  # a tiny BERT of two layers

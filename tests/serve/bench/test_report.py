@@ -194,6 +194,31 @@ def test_memory_energy_and_plan_stand_beside_the_times(measurement: tuple[Report
     assert told.to_json()["measurements"][0]["energy"]["watts"] == pytest.approx(222.4, abs=0.1)
 
 
+@pytest.mark.parametrize(("factor", "slowed"), [(3.0, True), (0.9, False)])
+def test_a_profile_with_launches_in_it_is_told(measurement: tuple[Report, Path], factor: float, slowed: bool) -> None:
+    """In all that people read, with the median of the receipt's own artifact and shape; and nothing follows from it."""
+    report, _ = measurement
+    total = {(each.artifact, each.workload): each.total_ms for each in report.receipts}
+    last = report.receipts[-1]
+    changed = tuple(
+        dataclasses.replace(each, latency=dataclasses.replace(each.latency, samples=(time / factor,) * 3))
+        for each in report.measurements
+        if (time := total.get((each.subject, each.workload)))
+    )
+    told = dataclasses.replace(report, measurements=changed)
+    content = told.to_json()
+    sentence = f"The profile took {last.total_ms:.2f} ms where an inference takes {last.total_ms / factor:.2f}:"
+    for text, claim in (
+        (told.to_markdown(), "if they took no time"),
+        (told.render(), "if they took no time"),
+        (page(content, machine=[]), "no sparse kernel can do more"),
+    ):
+        assert (sentence in text) == slowed
+        assert (claim in text) != slowed
+    assert len(content["receipts"]) == 4
+    assert {each["limit"] is None for each in content["receipts"]} == {slowed}
+
+
 def test_a_shape_is_measured_until_its_ratio_is_known(
     bert_artifact: Path, sparse_artifact: Path, tmp_path: Path
 ) -> None:

@@ -165,6 +165,30 @@ def test_a_plan_of_pst_export_is_found(trt: TensorRT, mine: Path) -> None:
         assert engine.plan.path == made.path
 
 
+def test_the_order_of_the_shapes_makes_no_other_plan(trt: TensorRT, mine: Path) -> None:
+    some = ((2, 8), (1, 8), (4, 16))
+    with opened(mine, Shapes(fixed=some)) as engine:
+        made = engine.plan
+    opened(mine, Shapes(fixed=(*some, (8, 8)))).close()  # newer, with more shapes than are wanted
+    assert len(trt.builds) == 2
+    for shapes in (some[::-1], (some[1], some[2], some[0]), some):
+        with opened(mine, Shapes(fixed=shapes)) as engine:
+            assert engine.plan == made
+            lanes = [engine.lane(shapes_of(*shape)) for shape in shapes]
+            assert [made.profiles[lane.context.profile].usual for lane in lanes] == list(shapes)
+    trt.refuses = {"stdVersionRead == serializationVersion"}
+    opened(mine, Shapes(fixed=some[::-1])).close()
+    opened(mine, Shapes(fixed=some)).close()  # takes what was built again, not the one that did not fit
+    assert len(trt.builds) == 3
+
+
+def test_the_order_of_spanned_shapes_of_one_size(trt: TensorRT, mine: Path) -> None:
+    for shapes in (((1, 16), (2, 8)), ((2, 8), (1, 16))):
+        with opened(mine, Shapes(fixed=shapes, spanned=True)) as engine:
+            assert str(engine.plan.profiles[0]) == "1x8,1x16,2x16"
+    assert len(trt.builds) == 1
+
+
 def test_the_log_of_the_build_is_kept(trt: TensorRT, mine: Path) -> None:
     trt.says = ["(Sparsity) Layers eligible for sparse math: a, b + c", "Engine generation completed in 3.2 seconds."]
     with opened(mine, Shapes()) as engine:

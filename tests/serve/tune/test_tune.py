@@ -1,6 +1,7 @@
 """Tuning from artifacts to tuned.json: real ones in ONNX Runtime, and stand-ins whose times are known."""
 
 import json
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,21 @@ def test_the_fastest_is_chosen_and_the_others_say_why(
         assert sparse["measured"] == "search"
         assert rows[f"{bert_artifact.name} on onnxruntime-cpu"]["speedup"] is None
     assert "Over all workloads structured on onnxruntime-cpu is chosen: 2.0" in render(found)
+
+
+def test_the_command_serves_from_any_folder(
+    timed: Timed, bert_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    clock = timed(lambda name, batch: 10.0)
+    found = tune([bert_artifact], shapes=SHAPES, output=Path("my tuned"), clock=clock, receipt=False)
+    monkeypatch.chdir(tmp_path)
+    command = written(tmp_path / "here" / "my tuned")["overall"]["command"]
+    assert f"Serve it: {command}" in sentences(found)
+    *words, folder = shlex.split(command)
+    assert words == ["pst", "serve"]
+    assert serving(Path(folder), engine="auto", threads=0).path == bert_artifact
 
 
 def test_where_sparse_does_not_pay_dense_is_kept(
