@@ -162,16 +162,24 @@ def test_a_wide_model_in_two_of_four_is_what_was_measured() -> None:
     path = ROOT / "benchmarks/tuned_wide_torch-cuda_h100_202611.json"
     report = json.loads(path.read_text(encoding="utf-8"))
     small, large = report["workloads"]
-    assert (small["workload"], small["speedup"], large["workload"]) == ("8x128", None, "64x128")
-    rows = {row["candidate"]: row["speedup"] for row in large["rows"]}
-    chosen, every = (rows[f"2of4 on torch-cuda-sparse{more}-compiled"] for more in ("-autotune", ""))
+    assert [(each["workload"], each["speedup"]) for each in (small, large)] == [("8x128", None), ("64x128", None)]
+    (beside, every, faster), few = (
+        [{row["candidate"]: row["speedup"] for row in each["rows"]}[f"2of4 on torch-cuda-{more}-compiled"]
+         for more in ("fp16", "sparse", "sparse-autotune")] for each in (large, small)
+    )  # fmt: skip
     text = " ".join(README.split())
-    assert "is {:.2f}× ({:.2f} to {:.2f}) as fast".format(*(chosen[name] for name in ("ratio", "low", "high"))) in text
-    zeros = rows["2of4 on torch-cuda-fp16-compiled"]["ratio"]
-    assert f"and {every['ratio']:.2f}× with all twelve ({zeros:.2f}× with the same zeros in dense kernels)" in text
+    assert "at 64 x 128 tokens {:.2f}× ({:.2f} to {:.2f}), with all".format(*(every[name] for name in ("ratio", "low", "high"))) in text
+    assert f"{faster['ratio']:.2f}× with those" in text
+    assert {f"{each['ratio']:.2f}× at 8 x 128" for each in few[1:]} == {"0.56× at 8 x 128"}
+    assert "0.56× at 8 x 128" in text
+    assert beside["ratio"] < 1.02
     layers = next(each["layers"] for each in report["candidates"] if each["layers"])
-    assert sum(len(layer["weights"]) for layer in layers) == 12
-    assert sum(len(layer["weights"]) for layer in layers if layer["is_sparse"]) == 4
+    assert sum(len(layer["weights"]) for layer in layers if layer["is_sparse"]) == 12
+
+
+def test_the_other_card_took_what_was_measured() -> None:
+    dense = [cell.removesuffix(" ms") for cell in _runtimes("other_card_onnxruntime-cuda")["dense"]]
+    assert "took [{}, {} and {} ms](".format(*dense) in " ".join(README.split())
 
 
 def test_steps_beside_another_processor_are_what_was_measured() -> None:

@@ -58,7 +58,7 @@ def _searched(torch: Any, packed: Any, value: Any, bias: Any) -> Algorithm:
         number, split_k, mode, *_ = torch._C._cusparselt.mm_search(packed, value, bias, None, None, False)
         chosen = (int(number), int(split_k), int(mode))
         found = product(torch, packed, value, bias, chosen).float()
-    except RuntimeError:
+    except (RuntimeError, AttributeError):  # an older PyTorch has no such search
         return DEFAULT
     expected = product(torch, packed, value, bias, DEFAULT).float()
     return chosen if float((found - expected).abs().max() / expected.abs().max()) <= TOLERANCE else DEFAULT
