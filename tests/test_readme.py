@@ -168,7 +168,8 @@ def test_a_wide_model_in_two_of_four_is_what_was_measured() -> None:
          for more in ("fp16", "sparse", "sparse-autotune")] for each in (large, small)
     )  # fmt: skip
     text = " ".join(README.split())
-    assert "at 64 x 128 tokens {:.2f}× ({:.2f} to {:.2f}), with all".format(*(every[name] for name in ("ratio", "low", "high"))) in text
+    interval = "{:.2f}× ({:.2f} to {:.2f})".format(*(every[name] for name in ("ratio", "low", "high")))
+    assert f"at 64 x 128 tokens {interval}, with all" in text
     assert f"{faster['ratio']:.2f}× with those" in text
     assert {f"{each['ratio']:.2f}× at 8 x 128" for each in few[1:]} == {"0.56× at 8 x 128"}
     assert "0.56× at 8 x 128" in text
