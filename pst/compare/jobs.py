@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,15 +34,18 @@ class _Job:
     process: "subprocess.Popen[str]"
 
 
-def several_at_a_time(waiting: Sequence[Cell], runs: Path, *, jobs: int) -> dict[str, str]:
-    """Train the *waiting* cells, *jobs* at a time, and return the sentences of those that failed, by name.
+def several_at_a_time(
+    waiting: Sequence[Cell], runs: Path, *, jobs: int, errors: dict[str, str], after: Callable[[], None]
+) -> None:
+    """Train the *waiting* cells, *jobs* at a time, put the sentences of those that fail into *errors*, by name.
 
-    A cell waits for the dense run that it needs. Raises StorageError, and pst.train.InterruptedRun after a signal.
+    *after* is called after each. A cell waits for the dense run that it needs. Raises StorageError, and
+    pst.train.InterruptedRun after a signal.
     """
     from pst.signals import stop_signals
     from pst.train import InterruptedRun
 
-    queue, running, errors = list(waiting), list[_Job](), dict[str, str]()
+    queue, running = list(waiting), list[_Job]()
     start = time.monotonic()
     with stop_signals() as stopped:
         try:
@@ -52,9 +55,11 @@ def several_at_a_time(waiting: Sequence[Cell], runs: Path, *, jobs: int) -> dict
                 for job in [job for job in running if job.process.poll() is not None]:
                     running.remove(job)
                     _take(errors, job.cell, _answer(job, runs))
+                    after()
                 for cell in [cell for cell in queue if _is_ready(cell, queue, running)]:
                     if (error := missing_dense(cell, runs)) is not None:
                         _take(errors, cell, error)
+                        after()
                     elif len(running) < jobs:
                         begun, done = len(waiting) - len(queue), len(waiting) - len(queue) - len(running)
                         pace = (time.monotonic() - start) / done if done else None
@@ -67,7 +72,6 @@ def several_at_a_time(waiting: Sequence[Cell], runs: Path, *, jobs: int) -> dict
                 time.sleep(POLL_S)
         finally:
             stop([job.process for job in running])
-    return errors
 
 
 def _is_ready(cell: Cell, queue: Sequence[Cell], running: Sequence[_Job]) -> bool:

@@ -110,9 +110,9 @@ class Report:
 
 
 def make_report(
-    results: Sequence[CellResult], *, environment: dict[str, Any], options: dict[str, Any], kept: int
+    results: Sequence[CellResult], *, environment: dict[str, Any], options: dict[str, Any], kept: int, of: int
 ) -> Report:
-    """Put the cells of a grid together; *kept*: how many of them an earlier start had finished.
+    """Put the cells of a grid of *of* cells together; *kept*: how many of them an earlier start had finished.
 
     Raises RunError where no cell came to its end.
     """
@@ -133,14 +133,25 @@ def make_report(
         higher_is_better=metric not in LOWER_IS_BETTER,
         cells=tuple(results),
         rows=rows,
-        notes=tuple(_notes(finished, failed, options=options, jobs=environment["jobs"], kept=kept)),
+        notes=tuple(_notes(finished, failed, options=options, jobs=environment["jobs"], kept=kept, of=of)),
     )
 
 
 def _notes(
-    finished: Sequence[CellResult], failed: Sequence[CellResult], *, options: dict[str, Any], jobs: int, kept: int
+    finished: Sequence[CellResult],
+    failed: Sequence[CellResult],
+    *,
+    options: dict[str, Any],
+    jobs: int,
+    kept: int,
+    of: int,
 ) -> list[str]:
     notes = []
+    if len(finished) + len(failed) < of:
+        notes.append(
+            f"This is what {len(finished)} of {of} runs came to; the same command goes on with the others, and the "
+            "table is then another."
+        )
     if options["from_dense"]:
         notes.append(
             f"The sparse runs start from the dense run of their seed, so they build on its {finished[0].steps} steps."

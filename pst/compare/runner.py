@@ -2,11 +2,12 @@
 
 A cell is an ordinary run folder, trained with resume: finished runs are kept, an interrupted one goes on at its
 checkpoint. A run that fails (diverges, does not fit the GPU) is tried again by the next start of the same command.
+The report is written anew after each run, so that there is one of what is finished, whatever becomes of the machine.
 """
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -94,23 +95,32 @@ def compare(
             for path in (runs, *(output / name for name in REPORT_FILES)):
                 remove(path)
         write_json(output / MARKER, options)
+    machine = environment(command=command, jobs=jobs)
+
+    def report_so_far() -> Report:
+        """Of the cells that are finished or have failed."""
+        told = [cell for cell in cells if cell.name in errors or is_finished(runs / cell.name)]
+        results = [_result(cell, runs / cell.name, errors.get(cell.name)) for cell in told]
+        return make_report(results, environment=machine, options=options, kept=len(kept), of=len(cells))
+
+    def after_a_run() -> None:
+        if any(is_finished(runs / cell.name) for cell in cells):
+            report_so_far().write(output)
+
+    if waiting:
         with _where_it_stopped(cells, runs):
-            errors = _one_by_one(waiting, runs) if jobs == 1 else several_at_a_time(waiting, runs, jobs=jobs)
-    results = [_result(cell, runs / cell.name, errors.get(cell.name)) for cell in cells]
-    report = make_report(
-        results,
-        environment=environment(command=command, jobs=jobs),
-        options=options,
-        kept=len(kept),
-    )
-    report = plot.draw(report, output)
+            if jobs == 1:
+                _one_by_one(waiting, runs, errors=errors, after=after_a_run)
+            else:
+                several_at_a_time(waiting, runs, jobs=jobs, errors=errors, after=after_a_run)
+    report = plot.draw(report_so_far(), output)
     report.write(output)
     return report
 
 
-def _one_by_one(waiting: Sequence[Cell], runs: Path) -> dict[str, str]:
+def _one_by_one(waiting: Sequence[Cell], runs: Path, *, errors: dict[str, str], after: Callable[[], None]) -> None:
+    """Train *waiting*, put the sentences of those that fail into *errors*, and call *after* after each."""
     start = time.monotonic()
-    errors = {}
     for index, cell in enumerate(waiting):
         left = (time.monotonic() - start) / index * (len(waiting) - index) if index else None
         announce(cell, index + 1, len(waiting), left_s=left)
@@ -118,7 +128,7 @@ def _one_by_one(waiting: Sequence[Cell], runs: Path) -> dict[str, str]:
         if error is not None:
             errors[cell.name] = error
             note(f"Failed: {cell.label}: {error}")
-    return errors
+        after()
 
 
 @contextmanager

@@ -70,11 +70,15 @@ def test_an_interrupted_grid_keeps_what_is_finished_and_ends_in_the_same_weights
         run_grid(tiny_bert, reviews_file, stopped, **shape)
     monkeypatch.undo()
     assert checkpoint_steps(stopped / "runs" / "magnitude_2-4_0.5_seed0") == [2]
-    assert not (stopped / "report.json").exists()
+    so_far = json.loads((stopped / "report.json").read_text())
+    assert [cell["name"] for cell in so_far["cells"]] == ["dense_seed0"]
+    assert so_far["notes"][0].startswith("This is what 1 of 3 runs came to; the same command goes on")
+    assert "1 of 3 runs" in (stopped / "report.md").read_text()
     finished = {path: seen for path, seen in run_files(stopped).items() if "dense_seed0" in path.parts}
     report = run_grid(tiny_bert, reviews_file, stopped, **shape)
     assert finished.items() <= run_files(stopped).items()
     assert all(row.value is not None and row.value.n == 1 for row in report.rows)
+    assert not any("came to" in sentence for sentence in report.notes)
     run_grid(tiny_bert, reviews_file, whole, **shape)
     for name in ("dense_seed0", "magnitude_2-4_0.5_seed0", "pst_2-4_0.5_seed0"):
         assert weights(stopped / "runs" / name) == weights(whole / "runs" / name)
