@@ -1,14 +1,19 @@
 """The operator for 2:4 weights: everything but cuSPARSELt's kernel, for which a dense product stands on a processor."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from serve.engines import _torch_sparse_linear
+from serve.engines import Shapes, _torch_sparse_linear, open_engine
 from serve.engines._torch_products import has_cusparselt, random_pair
 from serve.engines._torch_sparse_linear import DEFAULT, Algorithms, linear_class, operator
+from serve.engines._torch_variant import Variant
+from serve.engines.torch import TorchEngine
 
 gpu = pytest.mark.skipif(
     not (torch.cuda.is_available() and has_cusparselt(torch)), reason="needs an NVIDIA GPU with cuSPARSELt"
@@ -156,3 +161,35 @@ def test_on_a_gpu(shape: tuple[int, ...], searches: bool) -> None:
                 operator(torch)(packed, value, bias, 64)
         torch.testing.assert_close(operator(torch)(packed, value, bias, 64), expected, atol=1e-2, rtol=1e-2)
     torch.library.opcheck(operator(torch), (packed, value, bias, 64), test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize(("compiled", "fixed"), [(False, ((2, 16), (1, 8))), (True, ((2, 16),))])
+def test_a_model_whose_layers_are_all_of_them(
+    on_the_processor: list[tuple[Any, ...]],
+    sparse_model: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    compiled: bool,
+    fixed: tuple[tuple[int, int], ...],
+) -> None:
+    """The engine as on a GPU, but for the kernel, the type of the numbers and the device."""
+    folder = sparse_model("2:4")
+    with open_engine(folder, engine="torch-cpu", threads=1) as dense:
+        searched = _search(monkeypatch, (7, 2, 1, 40))
+        monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
+        monkeypatch.setattr(torch, "_cslt_compress", torch.clone)
+        monkeypatch.setattr("serve.engines.torch.ALGORITHMS", _torch_sparse_linear.ALGORITHMS)
+        asked = Variant(device="cpu", half=False, compiled=compiled, sparse=True, autotune=False)
+        monkeypatch.setattr("serve.engines.torch.parse_variant", lambda _: asked)
+        with TorchEngine(folder, variant="sparse", threads=1, shapes=Shapes(fixed=fixed)) as engine:
+            assert len(engine.sparse_weights) == 12
+            tokens = {-(-rows * length // 16) * 16 for rows, length in fixed}
+            assert set(searched) == {(inputs, filled) for inputs in (32, 64) for filled in tokens}
+            on_the_processor.clear()
+            for batch, length in fixed if compiled else (*fixed, (3, 5)):
+                ids = np.random.default_rng(2).integers(5, 30, (batch, length))
+                feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+                expected = dense.infer(feeds)["logits"]
+                np.testing.assert_allclose(engine.infer(feeds)["logits"], expected, atol=1e-5)
+            asked_for = {algorithm for algorithm, filled in on_the_processor if filled in tokens}
+            assert asked_for == {(7, 2, 1)}
