@@ -88,10 +88,10 @@ def _is_alive(pid: str) -> bool:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a folder with all that is in it; nothing happens where there is none, or it cannot be."""
+    """Delete a file, a link or a folder with all that is in it; nothing happens to what is none, or cannot be."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
-    else:
+    elif path.is_file() or path.is_symlink():
         with contextlib.suppress(OSError):
             path.unlink()
 
@@ -100,8 +100,10 @@ def remove(path: Path) -> None:
 def atomic_file(target: Path) -> Iterator[Path]:
     """Yield a path beside *target* to write to; on success it is flushed to disk and renamed to *target*.
 
-    Raises StorageError where the disk refuses; *target* is then as it was.
+    Raises StorageError where the disk refuses, RunError where *target* is a device or the like; it is then as it was.
     """
+    if target.exists() and not (target.is_file() or target.is_dir()):
+        raise RunError(f"{target} is no file that can be replaced; choose another name.")
     with storage_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = _partial(target)
@@ -163,15 +165,21 @@ def _replace_folder(new: Path, target: Path) -> None:
 
 
 def refuse_existing(target: Path, *, overwrite: bool) -> None:
-    """Raise RunError when *target* is a file, or holds anything and *overwrite* is not set."""
+    """Raise RunError when *target* is anything but a folder, or holds anything and *overwrite* is not set."""
     with storage_errors(target):
-        is_file, holds_any = target.is_file(), target.is_dir() and any(target.iterdir())
-    if is_file:
-        raise RunError(f"{target} is a file; --output wants a folder.")
+        refuse_file(target)
+        holds_any = target.is_dir() and any(target.iterdir())
     if holds_any and not overwrite:
         raise RunError(
             f"{target} already holds a result, which is kept; choose another --output, or replace it with --overwrite."
         )
+
+
+def refuse_file(target: Path) -> None:
+    """Raise RunError where *target* is there and no folder: a file, a device such as /dev/null, a link to nowhere."""
+    if os.path.lexists(target) and not target.is_dir():
+        kind = "a file" if target.is_file() else "no folder"
+        raise RunError(f"{target} is {kind}; --output wants a folder.")
 
 
 def refuse_language_model(folder: Path) -> None:

@@ -20,7 +20,7 @@ from pst.compare.report import REPORT_FILES, Report, make_report
 from pst.compare.results import CellResult
 from pst.config import TrainConfig
 from pst.errors import ConfigError, RunError
-from pst.files import read_json, remove, storage_errors, write_json
+from pst.files import read_json, refuse_file, remove, storage_errors, write_json
 from pst.patterns import parse_pattern
 from pst.progress import note
 from pst.run_folder import NOT_COMPARED
@@ -147,8 +147,7 @@ def _where_it_stopped(cells: Sequence[Cell], runs: Path) -> Iterator[None]:
 def _refuse_others(output: Path, cells: Sequence[Cell], *, overwrite: bool) -> None:
     """Raise RunError where *output* holds anything but a comparison, or, to be kept, a run with other options."""
     with storage_errors(output):
-        if output.is_file():
-            raise RunError(f"{output} is a file; --output wants a folder.")
+        refuse_file(output)
         holds_any = output.is_dir() and any(not path.name.startswith(".") for path in output.iterdir())
         if holds_any and not (output / MARKER).is_file():
             raise RunError(f"{output} holds something else than a comparison, which is kept; choose another --output.")

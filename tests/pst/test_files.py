@@ -278,6 +278,24 @@ def test_remove_takes_anything(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("kind", ["pipe", "link to nowhere"])
+def test_what_is_neither_file_nor_folder_is_never_replaced(kind: str, tmp_path: Path) -> None:
+    """Such as /dev/null, which a folder in its place takes from the whole machine."""
+    target = tmp_path / "target"
+    os.mkfifo(target) if kind == "pipe" else target.symlink_to(tmp_path / "nowhere")
+    before = target.lstat()
+    with pytest.raises(RunError, match="is no folder; --output wants a folder"):
+        refuse_existing(target, overwrite=True)
+    with pytest.raises(RunError, match="is no folder"), atomic_folder(target, overwrite=True):
+        pass
+    if kind == "pipe":
+        with pytest.raises(RunError, match="is no file that can be replaced"), atomic_file(target) as partial:
+            partial.write_text("new")
+        remove(target)
+    assert target.lstat() == before
+    assert leftovers(tmp_path) == []
+
+
 def test_json_round_trip_and_errors(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     write_json(path, {"ä": [1, 2.5, None]})
