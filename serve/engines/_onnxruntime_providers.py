@@ -11,7 +11,7 @@ from pst.files import cache_folder
 CUDA = "CUDAExecutionProvider"
 CPU = "CPUExecutionProvider"
 TENSORRT = "TensorrtExecutionProvider"
-VARIANTS = ("", "cpu", "auto", "cuda", "cuda-tf32", "tensorrt")
+VARIANTS = ("", "cpu", "sparse", "auto", "cuda", "cuda-tf32", "tensorrt")
 
 Providers = list[Any]
 """Names, or pairs of a name and its options."""
@@ -23,7 +23,7 @@ def providers_of(runtime: Any, variant: str, *, file: Path) -> Providers:
         names = ", ".join(f"onnxruntime-{name}" for name in VARIANTS if name not in ("", "auto"))
         raise EngineError(f"onnxruntime-{variant} is not an engine; choose onnxruntime or one of {names}.")
     available = runtime.get_available_providers()
-    wanted = {"": CPU, "cpu": CPU, "tensorrt": TENSORRT}.get(variant, CUDA)
+    wanted = {"": CPU, "cpu": CPU, "sparse": CPU, "tensorrt": TENSORRT}.get(variant, CUDA)
     if wanted not in available:
         if variant == "auto":
             return [CPU]

@@ -1,8 +1,9 @@
 """ONNX Runtime on the CPU, and on an NVIDIA GPU through its CUDA provider, or its TensorRT provider.
 
-Variants: ``onnxruntime`` and ``onnxruntime-cpu`` use the CPU, ``onnxruntime-cuda`` the GPU or nothing, and ``auto`` the
-GPU where the installed package has the provider and it starts. ``onnxruntime-cuda-tf32`` lets float32 products round as
-tensor cores do, and ``onnxruntime-tensorrt`` gives TensorRT what it can run of the graph.
+Variants: ``onnxruntime`` and ``onnxruntime-cpu`` use the CPU, and so does ``onnxruntime-sparse``, with kernels of our
+own that skip zeros (_onnxruntime_sparse.py). ``onnxruntime-cuda`` uses the GPU or nothing, and ``auto`` the GPU where
+the installed package has the provider and it starts. ``onnxruntime-cuda-tf32`` lets float32 products round as tensor
+cores do, and ``onnxruntime-tensorrt`` gives TensorRT what it can run of the graph.
 
 On CUDA attention is one operator, buffers stay on the device and repeated shapes are CUDA graphs, see
 _onnxruntime_cuda.py; where that cannot be, a note says why.
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from pst.errors import ArtifactError, EngineError
+from pst.progress import note
 from serve.closing import Closing
 from serve.describe import max_positions
 from serve.engines import ANY_SHAPE, Array, Cache, Profiler, Shapes, TensorSpec, check_feeds
@@ -33,6 +35,7 @@ from serve.engines._onnxruntime_providers import (
     session_options,
     with_graphs,
 )
+from serve.engines._onnxruntime_sparse import SparseGraph, SparseProfiler, register, sparse_graph
 
 DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")
 MISSING = (
@@ -85,7 +88,8 @@ class OnnxRuntimeEngine(Closing):
         start = time.perf_counter()
         self._runtime, self._file, self._asked = runtime, file, providers
         self.threads = threads
-        self._session: Any = self._open(str(file), False)
+        self._sparse = self._sparse_graph() if variant == "sparse" else None
+        self._session: Any = self._open((self._sparse and self._sparse.content) or str(file), False)
         used = self._session.get_providers()[0]
         _check_used(used, variant)
         self.inputs: Mapping[str, TensorSpec] = _specs(self._session.get_inputs())
@@ -99,15 +103,31 @@ class OnnxRuntimeEngine(Closing):
                 max_length=self.max_length, shapes=shapes, plain=plain,
             )  # fmt: skip
         self.load_ms = (time.perf_counter() - start) * 1000
-        self.name = f"onnxruntime-{_device(used)}{'-tf32' if variant == 'cuda-tf32' else ''}"
+        suffix = {"cuda-tf32": "-tf32", "sparse": "-sparse"}.get(variant, "")
+        self.name = f"onnxruntime-{_device(used)}{suffix}"
         self._closed = False
 
     def _open(self, model: Any, graphs: bool) -> Any:
         """A session of a file name or of bytes."""
         providers = with_graphs(self._asked) if graphs else self._asked
-        return _open_session(
-            self._runtime, model, session_options(self._runtime, self.threads), providers, file=self._file
-        )
+        return _open_session(self._runtime, model, self._options(), providers, file=self._file)
+
+    def _options(self) -> Any:
+        options = session_options(self._runtime, self.threads)
+        if self._sparse and self._sparse.held:
+            register(options, self._runtime)
+        return options
+
+    def _sparse_graph(self) -> SparseGraph:
+        found = sparse_graph(self._file, threads=self.threads)
+        count = len(found.held) + len(found.too_dense)
+        note(f"{len(found.held)} of {count} products with weights of {self._file} skip zeros.")
+        return found
+
+    @property
+    def sparse_weights(self) -> frozenset[str]:
+        """Names of the weights whose zeros are skipped; none of a variant without ``sparse``."""
+        return frozenset(self._sparse.held if self._sparse else ())
 
     def infer(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Outputs by name; raises EngineError for feeds that do not fit, or when the runtime fails."""
@@ -141,7 +161,11 @@ class OnnxRuntimeEngine(Closing):
             from serve.engines._onnxruntime_cuda_profile import CudaProfiler
 
             return CudaProfiler(self._file, self._fused.graph_file, providers=self._asked, threads=self.threads)
-        if not self.name.endswith("cpu"):
+        if self._sparse:
+            return SparseProfiler(
+                self._runtime, self._file, self._sparse, options=self._options(), providers=self._asked
+            )
+        if self.name.endswith("tensorrt"):
             raise EngineError("ONNX Runtime does not tell what its TensorRT provider runs; choose the engine tensorrt.")
         from serve.engines._onnxruntime_profile import OnnxRuntimeProfiler
 
@@ -151,7 +175,7 @@ class OnnxRuntimeEngine(Closing):
 
     def close(self) -> None:
         """Drop the sessions and their memory."""
-        self._closed, self._session = True, None
+        self._closed, self._session, self._sparse = True, None, None
         if self._fused is not None:
             self._fused.close()
 

@@ -1,0 +1,190 @@
+"""Products with sparse weights as an operator of our own: a graph in which ONNX Runtime's CPU provider skips the zeros.
+
+Every MatMul or Gemm of float32 with a constant weight, of which at most DENSEST is not zero, becomes pst.SparseLinear
+(sparse_cpu/sparse_linear.c), together with the bias that is added to it. Everything else stays ONNX Runtime's.
+"""
+
+import importlib
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from export.manifest import WeightInfo
+from pst.errors import ArtifactError, EngineError
+from serve.engines import Array, LayerTime, Verdict
+from serve.engines._graph_view import DiffersError, GraphView, drop_unused
+from serve.engines._onnxruntime_profile import OnnxRuntimeProfiler
+from serve.engines._sparse_library import sparse_library
+
+DENSEST = 0.35
+"""Share of a weight that is not zero, up to which skipping the zeros is faster on the processors that were tried."""
+SMALLEST = 2**10
+"""Entries of a weight from which on it is worth the trouble."""
+LARGEST = 1_900_000_000
+"""Bytes of a rewritten model: a session takes one from memory up to protobuf's 2 GB."""
+DOMAIN, OPERATOR = "pst", "SparseLinear"
+OLDEST = (1, 18)
+"""Version of ONNX Runtime that has all functions which the operator calls."""
+CHOSEN = "SparseLinear of this package multiplied the {share:.0%} that are not zero, and nothing else"
+TOO_DENSE = "{share:.0%} of it are not zero, and skipping zeros pays up to {most:.0%}"
+SPARSER = "a higher --sparsity, unstructured; or remove whole heads and neurons (--pattern structured)"
+OTHER_FORM = "the kernel takes float32 weights of MatMul and Gemm"
+OTHER_ADVICE = "export with --precision fp32 --linear-form matmul"
+
+
+@dataclass(kw_only=True)
+class SparseGraph:
+    """A graph with sparse operators."""
+
+    content: bytes = b""
+    """The model, for a session with the operator's library."""
+    held: dict[str, str] = field(default_factory=dict)
+    """By the name of each weight that is skipped through: the initializer that holds what is not zero of it."""
+    too_dense: dict[str, float] = field(default_factory=dict)
+    """Other weights of such products, and the share that is not zero."""
+
+    def explain(self, weight: WeightInfo, *, pattern: str, place: LayerTime | None) -> Verdict:
+        """See Profiler."""
+        if weight.name in self.held:
+            return Verdict(eligible=True, chosen=True, why=CHOSEN.format(share=weight.density))
+        if weight.name in self.too_dense:
+            why = TOO_DENSE.format(share=self.too_dense[weight.name], most=DENSEST)
+            return Verdict(eligible=False, chosen=False, why=why, advice=SPARSER)
+        return Verdict(eligible=False, chosen=False, why=OTHER_FORM, advice=OTHER_ADVICE)
+
+
+class SparseProfiler:
+    """See serve.engines.Profiler: ONNX Runtime's own, of the graph with sparse operators."""
+
+    def __init__(self, runtime: Any, file: Path, graph: SparseGraph, *, options: Any, providers: Any) -> None:
+        """*file*: the artifact's; *options* (SessionOptions) with the operator's library."""
+        self._folder, self._graph = tempfile.TemporaryDirectory(), graph
+        model = file
+        if graph.content:
+            model = Path(self._folder.name) / "sparse.onnx"
+            model.write_bytes(graph.content)
+        self._profiler = OnnxRuntimeProfiler(
+            runtime, model, options=options, providers=providers, original=file, merged=graph.held
+        )
+        self.run, self.explain = self._profiler.run, graph.explain
+
+    def finish(self, *, weights: Iterable[str]) -> tuple[LayerTime, ...]:
+        """See Profiler."""
+        with self._folder:
+            return self._profiler.finish(weights=weights)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Product:
+    node: Any
+    weight: Array
+    """(outputs, inputs)"""
+    bias: str
+    """The initializer that is added; empty where there is none."""
+    last: Any
+    """The node whose output is the product with its bias."""
+
+
+def sparse_graph(file: Path, *, threads: int) -> SparseGraph:
+    """The model *file* with sparse operators, which use *threads*.
+
+    None of them, and no content, where no product has a weight that is sparse enough. Raises EngineError where the
+    package onnx is missing or the model is too large, ArtifactError for what is no model.
+    """
+    try:
+        onnx: Any = importlib.import_module("onnx")
+    except ImportError as error:
+        raise EngineError("onnx is needed to put sparse kernels into a graph; run: pip install onnx.") from error
+    try:
+        model = onnx.load(str(file))
+    except Exception as error:  # protobuf's errors, and the system's for a second file
+        raise ArtifactError(f"{file} is not a whole ONNX model; export it again.") from error
+    found = SparseGraph()
+    graph = GraphView(graph=model.graph, onnx=onnx)
+    for node in [node for node in model.graph.node if node.op_type in ("MatMul", "Gemm")]:
+        try:
+            product = _product(graph, node)
+        except DiffersError:
+            continue
+        name, share = str(node.input[1]), np.count_nonzero(product.weight) / product.weight.size
+        if share <= DENSEST:
+            found.held[name] = _replace(graph, product, threads=threads)
+        else:
+            found.too_dense[name] = share
+    if not found.held:
+        return found
+    drop_unused(model.graph)
+    model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
+    if model.ByteSize() > LARGEST:
+        raise EngineError(f"{file} is too large for sparse kernels, which take up to 1.9 GB; choose onnxruntime.")
+    found.content = model.SerializeToString()
+    return found
+
+
+def register(options: Any, runtime: Any) -> None:
+    """Give *options* (SessionOptions) the operator. Raises EngineError without a compiler, or for an old runtime."""
+    if tuple(int(part) for part in runtime.__version__.split(".")[:2]) < OLDEST:
+        raise EngineError(
+            f"Sparse kernels need ONNX Runtime {OLDEST[0]}.{OLDEST[1]} or newer; run: pip install -U onnxruntime."
+        )
+    options.register_custom_ops_library(str(sparse_library()))
+
+
+def _product(graph: GraphView, node: Any) -> _Product:
+    """*node* with its weight and bias; raises DiffersError where it is no product with a constant float32 matrix."""
+    weight = graph.constant(node.input[1]) if node.input[1] in graph.initializers else None
+    if weight is None or weight.ndim != 2 or weight.dtype != np.float32 or weight.size < SMALLEST:
+        raise DiffersError(node.name)
+    if node.op_type == "Gemm":
+        given = {each.name: graph.onnx.helper.get_attribute_value(each) for each in node.attribute}
+        if given.get("transA", 0) or given.get("alpha", 1.0) != 1.0 or given.get("beta", 1.0) != 1.0:
+            raise DiffersError(node.name)
+        by_row = weight if given.get("transB", 0) else weight.T
+        bias = node.input[2] if len(node.input) > 2 else ""
+        return _Product(node=node, weight=by_row, bias=_vector(graph, bias, len(by_row)) if bias else "", last=node)
+    by_row = weight.T
+    try:
+        add = graph.reader(node.output[0], "Add")
+        other = next(name for name in add.input if name != node.output[0])
+        return _Product(node=node, weight=by_row, bias=_vector(graph, other, len(by_row)), last=add)
+    except (DiffersError, StopIteration):
+        return _Product(node=node, weight=by_row, bias="", last=node)
+
+
+def _vector(graph: GraphView, name: str, length: int) -> str:
+    """*name*, a constant with one float32 number for each output; raises DiffersError."""
+    if name not in graph.initializers:
+        raise DiffersError(name)
+    value = graph.constant(name)
+    if value.shape != (length,) or value.dtype != np.float32:
+        raise DiffersError(name)
+    return name
+
+
+def _replace(graph: GraphView, product: _Product, *, threads: int) -> str:
+    """Put the operator in the place of *product*; the name of the initializer with the weights that are not zero."""
+    weight, name = product.weight, product.node.input[1]
+    rows, columns = np.nonzero(weight)
+    starts = np.searchsorted(rows, np.arange(len(weight) + 1))
+    parts: dict[str, Array] = {
+        f"{name}.values": weight[rows, columns],
+        f"{name}.columns": columns.astype(np.int32),
+        f"{name}.starts": starts.astype(np.int32),
+    }
+    if not product.bias:
+        parts[f"{name}.no_bias"] = np.zeros(len(weight), np.float32)
+    inputs = [product.node.input[0], *parts, *filter(None, [product.bias])]
+    for part, value in parts.items():
+        if part not in graph.initializers:  # of a weight that two products share
+            graph.initializers[part] = graph.onnx.numpy_helper.from_array(np.ascontiguousarray(value), part)
+            graph.graph.initializer.append(graph.initializers[part])
+    made = graph.onnx.helper.make_node(
+        OPERATOR, inputs, [product.last.output[0]], name=product.node.name, domain=DOMAIN, threads=threads
+    )
+    product.node.Clear()  # where it was, an operator that nothing reads would stay: drop_unused takes it out
+    product.last.CopyFrom(made)
+    return f"{name}.values"
