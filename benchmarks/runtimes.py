@@ -4,6 +4,7 @@
     python -m benchmarks.runtimes --work W --make artifacts     exports them (torch, onnx)
     python -m benchmarks.runtimes --work W --engine tensorrt
     python -m benchmarks.runtimes --work W --engine onnxruntime-cuda
+    python -m benchmarks.runtimes --work W --engine onnxruntime-sparse --threads 1 --artifacts dense unstructured-90
     python -m benchmarks.runtimes --work W --engine tensorrt --tune         chooses among them, as pst bench --tune
     python -m benchmarks.runtimes --work W --engine torch-cuda-fp16-compiled,torch-cuda-sparse-compiled --tune
                                                                             of the models: torch takes no artifacts
@@ -34,6 +35,7 @@ ARTIFACTS: dict[str, tuple[dict[str, Any], str]] = {
     "2of4-gemm": ({"pattern": "2:4"}, "gemm"),
     "2of4-conv": ({"pattern": "2:4"}, "conv"),
     "dense-conv": ({}, "conv"),
+    "unstructured-80": ({"pattern": "unstructured", "sparsity": 0.8}, "matmul"),
     "unstructured-90": ({"pattern": "unstructured", "sparsity": 0.9}, "matmul"),
     "structured-50": ({"pattern": "structured", "sparsity": 0.5}, "matmul"),
 }
@@ -123,8 +125,9 @@ def choose(arguments: argparse.Namespace) -> None:
 
 
 def _model(work: Path, name: str) -> Path:
-    """What the artifact *name* is made of."""
-    return work / "models" / name.partition("-")[0]
+    """What the artifact *name* is made of: the linear forms of one model share it."""
+    shared = name.partition("-")[0]
+    return work / "models" / (shared if shared in ("dense", "2of4") else name)
 
 
 def _name(kind: str, arguments: argparse.Namespace) -> str:

@@ -22,7 +22,8 @@ MULTIPLIED = "ONNX Runtime has no sparse kernel for {operator}: it multiplies ze
 UNSEEN = "the runtime's optimizer merged it into another tensor, so that its time cannot be told apart"
 ADVICE = {
     "2:4": "a GPU's 2:4 kernels (TensorRT with a 1x1 convolution, cuSPARSELt), at sizes where they pay",
-    None: "remove whole heads and neurons (--pattern structured), which is faster on every runtime",
+    None: "on a processor --engine onnxruntime-sparse, from 65% zeros on; or remove whole heads and neurons "
+    "(--pattern structured), which is faster on every runtime",
 }
 """What to change, by pattern; None is for every other one."""
 WARMUP = 2

@@ -14,10 +14,11 @@ from serve.bench.gpu import gpus
 from serve.bench.runner import describe_subject, manifests_of, unique_names
 from serve.describe import ModelFolder, describe
 from serve.engines import Engine, Shapes, engine_names, open_engine
+from serve.engines._onnxruntime_sparse import DENSEST
 
 AUTO = {
     ("onnx", True): ("onnxruntime-cuda", "tensorrt", "onnxruntime-cpu"),
-    ("onnx", False): ("onnxruntime-cpu",),
+    ("onnx", False): ("onnxruntime-cpu", "onnxruntime-sparse"),
     ("torch", True): (
         "torch-cuda",
         "torch-cuda-fp16-compiled",
@@ -102,11 +103,18 @@ def candidates(paths: Sequence[Path], *, engine: str) -> list[Candidate]:
         made = manifests.get(name)
         mark = fingerprint(folder.path)
         for each in own:
-            if _is_dense(folder) and "sparse" in each.split("-"):
-                continue  # it refuses a model without zeros
+            if "sparse" in each.split("-") and not _has_use(each, folder):
+                continue
             form = _form(made, manifests.values())
             found.append(_candidate(name, names[name], folder, made, engine=each, fingerprint=mark, form=form))
     return found
+
+
+def _has_use(engine: str, folder: ModelFolder) -> bool:
+    """Whether *folder* has zeros that an engine for sparse models may skip; how many, by what the folder says."""
+    if _is_dense(folder) or folder.pattern == "structured":
+        return False
+    return engine != "onnxruntime-sparse" or folder.sparsity is None or folder.sparsity > 1 - DENSEST
 
 
 def fingerprint(path: Path) -> str:
@@ -134,9 +142,10 @@ def open_candidates(
     left_out: list[LeftOut] = []
     for each in found:
         try:
-            opened[each.name] = stack.enter_context(
-                open_engine(each.path, engine=each.engine, threads=threads, shapes=shapes)
-            )
+            engine = stack.enter_context(open_engine(each.path, engine=each.engine, threads=threads, shapes=shapes))
+            if "sparse" in each.engine.split("-") and not getattr(engine, "sparse_weights", True):
+                raise EngineError(f"No weight of {each.artifact} has zeros enough for kernels that skip them.")
+            opened[each.name] = engine
         except EngineError as error:
             if all(str(error) != other.why for other in left_out):
                 note(f"Goes on without {each.name}: {error}")

@@ -59,6 +59,9 @@ def _without_receipt(candidate: Candidate, engine: Engine) -> Reason:
         dense = getattr(engine, "dense_weights", {})
         whys = [f"{len(compressed)} weights run in 2:4 kernels, {len(dense)} do not", *dict.fromkeys(dense.values())]
         return Reason(why="; ".join(whys), sparse_kernels=len(compressed))
+    skipped: frozenset[str] = getattr(engine, "sparse_weights", frozenset())
+    if family == "onnxruntime" and skipped:
+        return Reason(why=f"the zeros of {len(skipped)} weights are skipped", sparse_kernels=len(skipped))
     if family == "onnxruntime" and engine.name.endswith(("cpu", "cuda")):
         device = "CUDA" if engine.name.endswith("cuda") else "CPU"
         return Reason(why=ZEROS.format(device=device), sparse_kernels=0)

@@ -39,6 +39,16 @@ def sparse_artifact(sparse_model: Callable[..., Path], tmp_path_factory: pytest.
 
 
 @pytest.fixture(scope="session")
+def mostly_zeros(sparse_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny BERT as pst export writes it, of whose pruned weights 80% are zero, without a pattern."""
+    from export.pipeline import export
+
+    output = tmp_path_factory.mktemp("exported") / "bert-80"
+    export(sparse_model("unstructured", 0.8), output)
+    return output
+
+
+@pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
     """``exported("gpt2")``: a tiny sparse decoder's folder, and its artifact. Read only."""
     made: dict[str, tuple[Path, Path]] = {}

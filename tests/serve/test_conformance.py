@@ -15,12 +15,14 @@ import pytest
 from pst.errors import EngineError
 from serve.engines import Array, Engine, open_engine
 
-ENGINES = ("onnxruntime-cpu", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx", "torch-cpu", "torch-cuda")
+ENGINES = (
+    "onnxruntime-cpu", "onnxruntime-sparse", "onnxruntime-cuda", "tensorrt", "tensorrt-rtx", "torch-cpu", "torch-cuda",
+)  # fmt: skip
 CYCLES = {"onnxruntime-cpu": 1000, "torch-cpu": 60, "torch-cuda": 60}
 """Loads and unloads. Of PyTorch, which reads config.json and safetensors each time, fewer, since each takes far longer;
 likewise of the engines on a GPU, see LEAST."""
 LEAST = 200
-ABSOLUTE = {"onnxruntime-cpu": 1e-5, "torch-cpu": 1e-5}
+ABSOLUTE = {"onnxruntime-cpu": 1e-5, "onnxruntime-sparse": 1e-5, "torch-cpu": 1e-5}
 """Largest difference of a logit; GPUs compute float32 products in TensorFloat-32, whose fraction has 10 bits."""
 GPU_ABSOLUTE = 5e-3
 MOST_GROWTH_MIB = 8.0
@@ -51,9 +53,14 @@ def engine_name(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def folder(engine_name: str, bert_artifact: Path, tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported_model(engine_name: str, bert_artifact: Path, mostly_zeros: Path) -> Path:
+    return mostly_zeros if engine_name == "onnxruntime-sparse" else bert_artifact
+
+
+@pytest.fixture(scope="module")
+def folder(engine_name: str, exported_model: Path, tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the engine opens; a copy, since a plan is kept beside it. Skips where the engine cannot run."""
-    source = tiny_bert if engine_name.startswith("torch") else bert_artifact
+    source = tiny_bert if engine_name.startswith("torch") else exported_model
     path = shutil.copytree(source, tmp_path_factory.mktemp(engine_name) / "model")
     try:
         open_engine(path, engine=engine_name, threads=1).close()
@@ -69,10 +76,10 @@ def engine(engine_name: str, folder: Path) -> Iterator[Engine]:
 
 
 @pytest.fixture(scope="module")
-def oracle(bert_artifact: Path) -> Iterator[Callable[[dict[str, Array]], Array]]:
+def oracle(exported_model: Path) -> Iterator[Callable[[dict[str, Array]], Array]]:
     """The logits of ONNX Runtime on the processor."""
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed, which the others are compared with")
-    with open_engine(bert_artifact, engine="onnxruntime-cpu", threads=1) as opened:
+    with open_engine(exported_model, engine="onnxruntime-cpu", threads=1) as opened:
         yield lambda feeds: opened.infer(feeds)["logits"]
 
 

@@ -3,7 +3,7 @@
 import ctypes
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -176,25 +176,18 @@ def test_an_old_runtime() -> None:
 # -- the engine ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def artifact(sparse_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("exported") / "sparse"
-    export(sparse_model("unstructured", 0.8), output)
-    return output
-
-
 def _feeds(engine: Engine, batch: int, tokens: int) -> dict[str, "np.ndarray[Any, Any]"]:
     return dict(random_workload((batch, tokens), vocab_size=30).feeds_of(0, engine.inputs))
 
 
-def test_the_engine_answers_as_the_plain_one(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_engine_answers_as_the_plain_one(mostly_zeros: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with (
-        open_engine(artifact, engine="onnxruntime", threads=1) as plain,
-        open_engine(artifact, engine="onnxruntime-sparse", threads=2) as ours,
+        open_engine(mostly_zeros, engine="onnxruntime", threads=1) as plain,
+        open_engine(mostly_zeros, engine="onnxruntime-sparse", threads=2) as ours,
     ):
         assert isinstance(ours, OnnxRuntimeEngine)
         assert ours.name == "onnxruntime-cpu-sparse"
-        listed = {each.name for each in manifest.load(artifact).weights}
+        listed = {each.name for each in manifest.load(mostly_zeros).weights}
         assert ours.sparse_weights == listed
         assert len(listed) == 12
         assert "12 of 13 products with weights of " in capsys.readouterr().err
@@ -219,8 +212,8 @@ def test_a_dense_artifact_runs_as_it_is(bert_artifact: Path, capsys: pytest.Capt
         assert {each.operator for each in profiler.finish(weights=())} >= {"MatMul", "Softmax"}
 
 
-def test_the_receipt(artifact: Path, bert_artifact: Path, sparse_artifact: Path) -> None:
-    folders = {"dense": bert_artifact, "sparse": artifact, "2of4": sparse_artifact}
+def test_the_receipt(mostly_zeros: Path, bert_artifact: Path, sparse_artifact: Path) -> None:
+    folders = {"dense": bert_artifact, "sparse": mostly_zeros, "2of4": sparse_artifact}
     engines = {name: open_engine(path, engine="onnxruntime-sparse", threads=1) for name, path in folders.items()}
     manifests = {name: manifest.load(path) for name, path in folders.items()}
     found = {each.artifact: each for each in receipts(engines, manifests, [random_workload((2, 8), vocab_size=30)])}
@@ -288,14 +281,14 @@ def test_a_compiler_that_does_not_know_this_processor(nothing_compiled: Path, mo
      ("no-such-compiler -O2", r"C compiler no-such-compiler does not run .*; set CC to one that does")],
 )  # fmt: skip
 def test_a_compiler_that_fails(
-    nothing_compiled: Path, monkeypatch: pytest.MonkeyPatch, artifact: Path, compiler: str, words: str
+    nothing_compiled: Path, monkeypatch: pytest.MonkeyPatch, mostly_zeros: Path, compiler: str, words: str
 ) -> None:
     monkeypatch.setenv("CC", compiler)
     with pytest.raises(EngineError, match=words):
-        open_engine(artifact, engine="onnxruntime-sparse")
+        open_engine(mostly_zeros, engine="onnxruntime-sparse")
 
 
-def test_no_compiler(nothing_compiled: Path, monkeypatch: pytest.MonkeyPatch, artifact: Path) -> None:
+def test_no_compiler(nothing_compiled: Path, monkeypatch: pytest.MonkeyPatch, mostly_zeros: Path) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(EngineError, match=r"no C compiler; install one .*apt-get install gcc libc6-dev"):
-        open_engine(artifact, engine="onnxruntime-sparse")
+        open_engine(mostly_zeros, engine="onnxruntime-sparse")

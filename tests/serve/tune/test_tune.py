@@ -316,12 +316,14 @@ def test_what_is_no_tuned_json(tmp_path: Path, content: dict[str, Any], says: st
 
 
 def test_which_engines_auto_tries(
-    bert_artifact: Path, sparse_artifact: Path, tiny_bert: Path, sparse_model: Callable[..., Path],
+    bert_artifact: Path, sparse_artifact: Path, mostly_zeros: Path, tiny_bert: Path, sparse_model: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     paths = [bert_artifact, sparse_artifact, tiny_bert, sparse_model("2:4")]
     monkeypatch.setattr(candidates_module, "gpus", list)
     assert [each.engine for each in candidates(paths, engine="auto")] == ["onnxruntime-cpu"] * 2 + ["torch-cpu"] * 2
+    of_zeros = candidates([bert_artifact, mostly_zeros], engine="auto")
+    assert [each.engine for each in of_zeros] == ["onnxruntime-cpu", "onnxruntime-cpu", "onnxruntime-sparse"]
     monkeypatch.setattr(candidates_module, "gpus", lambda: ["a GPU"])
     found = candidates(paths, engine="auto")
     for each in found:
