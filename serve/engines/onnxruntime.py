@@ -103,7 +103,7 @@ class OnnxRuntimeEngine(Closing):
                 max_length=self.max_length, shapes=shapes, plain=plain,
             )  # fmt: skip
         self.load_ms = (time.perf_counter() - start) * 1000
-        suffix = {"cuda-tf32": "-tf32", "sparse": "-sparse"}.get(variant, "")
+        suffix = "-tf32" if variant == "cuda-tf32" else "-sparse" if self.sparse_weights else ""
         self.name = f"onnxruntime-{_device(used)}{suffix}"
         self._closed = False
 
