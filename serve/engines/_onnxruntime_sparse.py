@@ -89,8 +89,8 @@ class _Product:
     """The node whose output is the product with its bias."""
 
 
-def sparse_graph(file: Path, *, threads: int) -> SparseGraph:
-    """The model *file* with sparse operators, which use *threads*.
+def sparse_graph(model: Path | bytes, *, threads: int) -> SparseGraph:
+    """The *model*, a file or its content, with sparse operators, which use *threads*.
 
     None of them, and no content, where no product has a weight that is sparse enough. Raises EngineError where the
     package onnx is missing or the model is too large, ArtifactError for what is no model.
@@ -100,12 +100,12 @@ def sparse_graph(file: Path, *, threads: int) -> SparseGraph:
     except ImportError as error:
         raise EngineError("onnx is needed to put sparse kernels into a graph; run: pip install onnx.") from error
     try:
-        model = onnx.load(str(file))
+        loaded = onnx.load_from_string(model) if isinstance(model, bytes) else onnx.load(str(model))
     except Exception as error:  # protobuf's errors, and the system's for a second file
-        raise ArtifactError(f"{file} is not a whole ONNX model; export it again.") from error
+        raise ArtifactError(f"{model!s:.200} is not a whole ONNX model; export it again.") from error
     found = SparseGraph()
-    graph = GraphView(graph=model.graph, onnx=onnx)
-    for node in [node for node in model.graph.node if node.op_type in ("MatMul", "Gemm")]:
+    graph = GraphView(graph=loaded.graph, onnx=onnx)
+    for node in [node for node in loaded.graph.node if node.op_type in ("MatMul", "Gemm")]:
         try:
             product = _product(graph, node)
         except DiffersError:
@@ -117,11 +117,11 @@ def sparse_graph(file: Path, *, threads: int) -> SparseGraph:
             found.too_dense[name] = share
     if not found.held:
         return found
-    drop_unused(model.graph)
-    model.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
-    if model.ByteSize() > LARGEST:
-        raise EngineError(f"{file} is too large for sparse kernels, which take up to 1.9 GB; choose onnxruntime.")
-    found.content = model.SerializeToString()
+    drop_unused(loaded.graph)
+    loaded.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
+    if loaded.ByteSize() > LARGEST:
+        raise EngineError("The model is too large for sparse kernels, which take up to 1.9 GB; choose onnxruntime.")
+    found.content = loaded.SerializeToString()
     return found
 
 

@@ -1,4 +1,4 @@
-"""Matrix products on ONNX Runtime's CPU provider: see serve.predict.products.
+"""Matrix products on ONNX Runtime's CPU provider, and those that skip zeros: see serve.predict.products.
 
 The whole model is an artifact's own model.onnx; of a Hugging Face folder, ``pst export`` makes one for the time.
 """
@@ -20,29 +20,41 @@ from serve.closing import Closing
 from serve.describe import vocab_size
 from serve.engines import available_cpus, open_engine
 from serve.engines._onnxruntime_providers import session_options
+from serve.engines._onnxruntime_sparse import DENSEST, OPERATOR, register, sparse_graph
+from serve.engines._sparse_library import sparse_library
 from serve.engines.onnxruntime import load_runtime
 from serve.predict.onnx_product import products_model
 from serve.predict.products import SEED, Call, Product, Weights, timed
 
 DTYPES = {"fp32": "float32", "fp16": "float16"}
 """Of an artifact's precision."""
+WHY_NONE = (
+    "ONNX Runtime's CPU kernels multiply zeros like any other number (those of --engine onnxruntime-sparse skip them)"
+)
+WHY_DENSE = f"kernels that skip zeros are faster with at most {DENSEST:.0%} that are not zero, in float32"
+INSTEAD = (
+    "; remove whole heads and neurons instead (--pattern structured), or deploy 2:4 on an NVIDIA GPU, at sizes where "
+    "it pays (--engine torch-cuda there)"
+)
 
 
 class OnnxRuntimeProduct:
     """One session with every weight in it, and outputs that it writes in place."""
 
-    kernel = "MatMul"
-
-    def __init__(self, runtime: Any, weights: Weights, *, dtype: str, threads: int) -> None:
+    def __init__(self, runtime: Any, weights: Weights, *, dtype: str, threads: int, skips: bool = False) -> None:
+        """*skips*: by kernels that skip zeros; ``kernel`` says whether they do."""
         self._runtime, self._dtype, self._count = runtime, np.dtype(dtype), len(weights)
         self._width, self._inputs = weights[0].shape
+        self.kernel = "MatMul"
         self.outputs: list[np.ndarray] = []
         """What the call of the last ``at`` writes: (tokens, outputs) for each weight."""
         model = products_model([weight.T.astype(dtype) for weight in weights])
+        options = session_options(runtime, threads)
+        if skips and (content := sparse_graph(model, threads=threads).content):
+            register(options, runtime)
+            self.kernel, model = OPERATOR, content
         try:
-            self._session = runtime.InferenceSession(
-                model, session_options(runtime, threads), providers=["CPUExecutionProvider"]
-            )
+            self._session = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # the runtime's exceptions have no common base but this
             reason = str(error).strip().splitlines()[0]
             raise EngineError(f"ONNX Runtime cannot multiply matrices of {dtype} here: {reason}.") from error
@@ -66,14 +78,11 @@ class OnnxRuntimeProduct:
 class OnnxRuntimeProducts(Closing):
     """See serve.predict.products.Products."""
 
-    name = "onnxruntime-cpu"
-    why_none = (
-        "ONNX Runtime's CPU kernels multiply zeros like any other number; remove whole heads and neurons instead "
-        "(--pattern structured), or deploy 2:4 on an NVIDIA GPU, at sizes where it pays (--engine torch-cuda there)"
-    )
-
-    def __init__(self, path: Path, *, threads: int) -> None:
-        self._runtime = load_runtime()
+    def __init__(self, path: Path, *, threads: int, skips: bool) -> None:
+        """*skips*: with kernels that skip zeros."""
+        self._runtime, self._skips = load_runtime(), skips
+        self.name = "onnxruntime-sparse" if skips else "onnxruntime-cpu"
+        self.why_none = (WHY_DENSE if skips else WHY_NONE) + INSTEAD
         self._threads = threads or available_cpus()
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         folder = path
@@ -105,8 +114,11 @@ class OnnxRuntimeProducts(Closing):
         return OnnxRuntimeProduct(self._runtime, weights, dtype=self.dtype, threads=self._threads)
 
     def sparse(self, spec: str, weights: Weights) -> Product | None:
-        """None: there is no sparse kernel."""
-        return None
+        """Kernels that skip zeros, where they are asked for and there are enough of them."""
+        if not self._skips or self.dtype != "float32":
+            return None
+        made = OnnxRuntimeProduct(self._runtime, weights, dtype=self.dtype, threads=self._threads, skips=True)
+        return made if made.kernel == OPERATOR else None
 
     def close(self) -> None:
         """Close the model, and delete what was exported for it."""
@@ -130,9 +142,11 @@ def _export(path: Path, folder: Path) -> None:
 
 def open_products(path: Path, *, variant: str, threads: int) -> OnnxRuntimeProducts:
     """On the CPU. Raises EngineError."""
-    if variant not in ("", "cpu"):
+    if variant == "sparse":
+        sparse_library()
+    elif variant not in ("", "cpu"):
         raise EngineError(
             "pst predict measures ONNX Runtime on the CPU alone: its CUDA kernels multiply zeros as well, so that a "
-            "sparse model is as fast as a dense one. Choose onnxruntime or torch-cuda."
+            "sparse model is as fast as a dense one. Choose onnxruntime, onnxruntime-sparse or torch-cuda."
         )
-    return OnnxRuntimeProducts(path, threads=threads)
+    return OnnxRuntimeProducts(path, threads=threads, skips=variant == "sparse")

@@ -15,6 +15,7 @@ import numpy as np
 
 from pst.errors import EngineError
 from serve.bench.timing import Rule
+from serve.engines._sparse_library import sparse_library
 
 Call = Callable[[], float]
 """One pass, in milliseconds as the runtime's device took them."""
@@ -75,16 +76,32 @@ FILES = {"onnxruntime": "serve.predict.onnxruntime_products", "torch": "serve.en
 
 
 def open_products(path: Path, *, engine: str, threads: int) -> Products:
-    """*engine*: onnxruntime (CPU), torch-cuda, or auto: the GPU where PyTorch sees one. Raises EngineError."""
+    """*engine*: onnxruntime (CPU), onnxruntime-sparse (CPU, skipping zeros), torch-cuda, or auto.
+
+    auto is the GPU where PyTorch sees one, else the CPU, with kernels that skip zeros where they can be compiled.
+    Raises EngineError.
+    """
     name, _, variant = engine.partition("-")
     if engine == "auto":
         try:
             return _module("torch").open_products(path, variant="cuda", threads=threads)
         except EngineError:
-            name, variant = "onnxruntime", "cpu"
+            name, variant = "onnxruntime", "sparse" if _skips_zeros() else "cpu"
     if name not in FILES:
-        raise EngineError(f"pst predict measures no products with {engine}; choose onnxruntime, torch-cuda or auto.")
+        raise EngineError(
+            f"pst predict measures no products with {engine}; choose onnxruntime, "
+            "onnxruntime-sparse, torch-cuda or auto."
+        )
     return _module(name).open_products(path, variant=variant, threads=threads)
+
+
+def _skips_zeros() -> bool:
+    """Whether there are kernels that do, or a compiler for them."""
+    try:
+        sparse_library()
+    except EngineError:
+        return False
+    return True
 
 
 def _module(name: str) -> _Module:

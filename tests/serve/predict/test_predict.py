@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from pst.errors import ArtifactError, ConfigError, PatternError
+from serve.engines._sparse_library import COMPILERS
 from serve.predict import run
 from serve.predict.products import Call, Product, Weights
 from serve.predict.result import Prediction
@@ -155,6 +157,18 @@ def test_on_onnx_runtime_for_real(bert_artifact: Path, pattern: str) -> None:
     assert ("multiply zeros like any other number" in text) == (pattern == "2:4")
     assert ("| left |" in text) == (pattern == "structured")
     assert content["answers"][0] in text
+
+
+@pytest.mark.skipif(not any(shutil.which(name) for name in COMPILERS), reason="needs a C compiler")
+@pytest.mark.parametrize(("pattern", "sparsity"), [("unstructured", 0.9), ("2:4", None)])
+def test_on_kernels_that_skip_zeros(bert_artifact: Path, pattern: str, sparsity: float | None) -> None:
+    found = predict(
+        bert_artifact, pattern=pattern, sparsity=sparsity, shapes=[(2, 32)], engine="onnxruntime-sparse", threads=1,
+        budget_s=2,
+    )  # fmt: skip
+    assert found.engine == "onnxruntime-sparse"
+    assert {layer.sparse_kernel for layer in found.shapes[0].layers} == {pattern == "unstructured"}
+    assert ("faster with at most 35% that are not zero" in found.render()) == (pattern == "2:4")
 
 
 def test_the_command(bert_artifact: Path) -> None:

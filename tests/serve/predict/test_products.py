@@ -9,10 +9,13 @@ import onnx
 import pytest
 
 from pst.errors import EngineError
+from serve.engines._sparse_library import COMPILERS
 from serve.engines.onnxruntime import load_runtime
 from serve.predict.onnx_product import products_model
 from serve.predict.onnxruntime_products import OnnxRuntimeProduct
 from serve.predict.products import open_products, random_weights
+
+compiles = pytest.mark.skipif(not any(shutil.which(name) for name in COMPILERS), reason="needs a C compiler")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -45,6 +48,35 @@ def test_a_call_computes_every_product_and_tells_its_time() -> None:
     assert np.isfinite(product.outputs).all()
 
 
+@compiles
+def test_kernels_that_skip_zeros_multiply(bert_artifact: Path) -> None:
+    weights = random_weights(48, 64, 2)
+    with open_products(bert_artifact, engine="onnxruntime-sparse", threads=2) as products:
+        assert products.name == "onnxruntime-sparse"
+        assert products.sparse("unstructured", weights) is None  # they are dense
+        for weight in weights:
+            weight *= np.random.default_rng(3).random(weight.shape) < 0.2
+        found = products.sparse("unstructured", weights), products.dense(weights)
+        for product in found:
+            assert isinstance(product, OnnxRuntimeProduct)
+            assert product.at(33)() > 0
+    sparse, dense = found
+    assert isinstance(sparse, OnnxRuntimeProduct)
+    assert isinstance(dense, OnnxRuntimeProduct)
+    assert (sparse.kernel, dense.kernel) == ("SparseLinear", "MatMul")
+    for ours, theirs in zip(sparse.outputs, dense.outputs, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_auto_without_a_compiler(bert_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> Path:
+        raise EngineError("There is no C compiler.")
+
+    monkeypatch.setattr("serve.predict.products.sparse_library", none)
+    with open_products(bert_artifact, engine="auto", threads=1) as products:
+        assert products.name in ("onnxruntime-cpu", "torch-cuda")
+
+
 def test_weights_are_the_same_each_time_and_differ_from_each_other() -> None:
     first, second = random_weights(8, 400, 2)
     np.testing.assert_array_equal(first, random_weights(8, 400, 1)[0])
@@ -54,7 +86,7 @@ def test_weights_are_the_same_each_time_and_differ_from_each_other() -> None:
 
 def test_user_errors(bert_artifact: Path, tmp_path: Path) -> None:
     for engine, message in (
-        ("tensorrt", "measures no products with tensorrt; choose onnxruntime, torch-cuda or auto"),
+        ("tensorrt", "measures no products with tensorrt; choose onnxruntime, onnxruntime-sparse, torch-cuda or auto"),
         ("onnxruntime-cuda", "CUDA kernels multiply zeros as well"),
         ("torch-cpu", "on an NVIDIA GPU alone"),
     ):
