@@ -20,7 +20,7 @@ from pst.errors import ModelError, PSTError, RunError, StorageError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EIO}
-_REFUSED |= {errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
+_REFUSED |= {errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EBUSY}
 
 
 @contextlib.contextmanager
@@ -68,6 +68,13 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _real(target: Path) -> Path:
+    """Where *target* lies once links are followed, so that a link stays one. Raises StorageError for devices and pipes."""
+    if target.exists() and not (target.is_file() or target.is_dir()):
+        raise StorageError(f"{target} is a device or a pipe, which would be replaced; choose a file or a folder.")
+    return Path(os.path.realpath(target))
+
+
 def _partial(target: Path) -> Path:
     """Where this process writes what becomes *target*. Clears what killed processes left of the same."""
     for leftover in target.parent.glob(f".{glob.escape(target.name)}.partial-*"):
@@ -100,9 +107,10 @@ def remove(path: Path) -> None:
 def atomic_file(target: Path) -> Iterator[Path]:
     """Yield a path beside *target* to write to; on success it is flushed to disk and renamed to *target*.
 
-    Raises StorageError where the disk refuses; *target* is then as it was.
+    Of a link, *target* is what it leads to. Raises StorageError where the disk refuses; *target* is then as it was.
     """
     with storage_errors(target):
+        target = _real(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = _partial(target)
         try:
@@ -119,10 +127,12 @@ def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield an empty folder beside *target*; on success every file in it is flushed and it becomes *target*.
 
     An existing, non-empty *target* is replaced only with ``overwrite=True``, and only once the new one is whole.
+    Of a link, *target* is what it leads to.
     Raises RunError where it is in the way, StorageError where the disk refuses.
     """
     refuse_existing(target, overwrite=overwrite)
     with storage_errors(target):
+        target = _real(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = _partial(target)
         try:
@@ -163,10 +173,10 @@ def _replace_folder(new: Path, target: Path) -> None:
 
 
 def refuse_existing(target: Path, *, overwrite: bool) -> None:
-    """Raise RunError when *target* is a file, or holds anything and *overwrite* is not set."""
+    """Raise RunError when *target* is anything but a folder, or holds anything and *overwrite* is not set."""
     with storage_errors(target):
-        is_file, holds_any = target.is_file(), target.is_dir() and any(target.iterdir())
-    if is_file:
+        other, holds_any = target.exists() and not target.is_dir(), target.is_dir() and any(target.iterdir())
+    if other:
         raise RunError(f"{target} is a file; --output wants a folder.")
     if holds_any and not overwrite:
         raise RunError(
