@@ -2,6 +2,7 @@
 
 import difflib
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,17 @@ _DECIDED = {
 """What an artifact cannot be asked for any more, with the values that ask for nothing."""
 
 
-def check_format(format: str, output: Path, *, overwrite: bool) -> None:  # noqa: A002 - the option's name
-    """Raise what no model could be exported with, before any work is done: ConfigError, EngineError, RunError."""
+def check_format(
+    format: str,  # noqa: A002 - the option's name
+    output: Path,
+    *,
+    overwrite: bool,
+    reads: Sequence[Path | str | None],
+) -> None:
+    """Raise what no model could be exported with, before any work is done: ConfigError, EngineError, RunError.
+
+    *reads*: what must not be overwritten, the model among it.
+    """
     if format not in FORMATS:
         near = difflib.get_close_matches(format, FORMATS, n=1)
         raise ConfigError(
@@ -33,7 +43,7 @@ def check_format(format: str, output: Path, *, overwrite: bool) -> None:  # noqa
         check_name(output.resolve().name)
     if format.endswith("tensorrt"):
         find_runtime()
-    refuse_existing(output, overwrite=overwrite)
+    refuse_existing(output, overwrite=overwrite, reads=reads)
 
 
 def export_as(
@@ -54,7 +64,7 @@ def export_as(
     Raises what check_format, export.pipeline.export, parse_profile and plan_of raise. What fails after the artifact was
     written leaves it, for format tensorrt.
     """
-    check_format(format, output, overwrite=overwrite)
+    check_format(format, output, overwrite=overwrite, reads=[source])
     if not format.startswith("triton"):
         manifest = _artifact(source, output, overwrite=overwrite, options=options)
         if format == "tensorrt":

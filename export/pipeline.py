@@ -85,6 +85,7 @@ def export(
         activations=activations, storage=storage, overwrite=overwrite, atol=atol, rtol=rtol,
         calibrated=calibration is not None,
     )  # fmt: skip
+    refuse_existing(output, overwrite=overwrite, reads=[source])
     with progress("Exporting", total=_STEPS) as advance:
         return _export(
             source, output, advance, task=task, opset=opset, precision=precision, residual=residual,

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,11 @@ from pst.errors import ModelError, PSTError, RunError, StorageError
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EIO}
 _REFUSED |= {errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EBUSY}
+
+_RESULTS = ("export.json", "config.pbtxt", "report.json", "tuned.json", "sparsity.json")
+"""A folder that is written as a whole has one of them."""
+_IN_RESULTS = {"plans", "1"}
+"""The folders that such a one can hold: of TensorRT's plans, and of Triton's version 1."""
 
 
 @contextlib.contextmanager
@@ -69,7 +74,7 @@ def _sync(path: Path) -> None:
 
 
 def _real(target: Path) -> Path:
-    """Where *target* lies once links are followed, so that a link stays one. Raises StorageError for devices and pipes."""
+    """Where *target* lies once links are followed, so that a link stays one; StorageError for a device or pipe."""
     if target.exists() and not (target.is_file() or target.is_dir()):
         raise StorageError(f"{target} is a device or a pipe, which would be replaced; choose a file or a folder.")
     return Path(os.path.realpath(target))
@@ -172,8 +177,12 @@ def _replace_folder(new: Path, target: Path) -> None:
     remove(old)
 
 
-def refuse_existing(target: Path, *, overwrite: bool) -> None:
-    """Raise RunError when *target* is anything but a folder, or holds anything and *overwrite* is not set."""
+def refuse_existing(target: Path, *, overwrite: bool, reads: Sequence[Path | str | None] | None = None) -> None:
+    """Raise RunError when *target* is anything but a folder, or holds anything and *overwrite* is not set.
+
+    *reads*: what the result is made from, where it takes the place of the whole folder. Then a mount point is refused,
+    and to overwrite what holds one of them, the current folder, or anything but a result.
+    """
     with storage_errors(target):
         other, holds_any = target.exists() and not target.is_dir(), target.is_dir() and any(target.iterdir())
     if other:
@@ -181,6 +190,22 @@ def refuse_existing(target: Path, *, overwrite: bool) -> None:
     if holds_any and not overwrite:
         raise RunError(
             f"{target} already holds a result, which is kept; choose another --output, or replace it with --overwrite."
+        )
+    if reads is None:
+        return
+    if os.path.ismount(target):
+        raise RunError(f"{target} is a mount point, which stays; give a folder inside, such as {target / 'result'}.")
+    if not holds_any:
+        return
+    real = target.resolve()
+    for path in [*(Path(each) for each in reads if each), Path.cwd()]:
+        if path.resolve().is_relative_to(real):
+            raise RunError(f"{target} would be replaced, and with it {path}, which is in use; choose another --output.")
+    folders = {path.name for path in real.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    if folders - _IN_RESULTS or not any((real / name).exists() for name in _RESULTS):
+        raise RunError(
+            f"{target} holds other things than one result, and --overwrite replaces nothing else; choose another "
+            "--output, or remove the folder."
         )
 
 
