@@ -124,6 +124,8 @@ def check_options(
             "--linear-form."
         )
     check_activations(activations)
+    if activations == "int8" and precision != "int8":
+        raise ConfigError(f"--activations int8 is for products in int8; add --precision int8, which is {precision}.")
     check_storage(storage)
     if precision == "int8" and linear_form == "conv":
         raise ConfigError("int8 is for MatMul and Gemm; use another --linear-form, or --precision fp16.")
