@@ -18,7 +18,7 @@ from pst.files import atomic_file
 from pst.progress import progress
 from serve import perplexity
 from serve.classify import Classifier, softmax
-from serve.describe import ModelFolder, describe
+from serve.describe import ModelFolder, describe, refuse_multi_label
 from serve.engines import Array, Engine
 from serve.generate import Generator
 
@@ -172,6 +172,7 @@ def check_data(path: Path, data: DataSet) -> None:
     if folder.task == "text_generation":
         data.documents()
     else:
+        refuse_multi_label(folder)
         _aligned(data.examples(), folder, path)
 
 
