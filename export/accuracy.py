@@ -18,8 +18,9 @@ _TASKS = ("classification", "regression")
 
 
 def has_metric(source: Source, examples: Any) -> bool:
-    """Whether *examples* carry labels, and the task of *source* has a metric for them."""
-    return isinstance(examples, Examples) and source.task in _TASKS
+    """Whether *examples* carry labels, one a text, and the task of *source* has a metric for them."""
+    several = source.model.config.problem_type == "multi_label_classification"
+    return isinstance(examples, Examples) and source.task in _TASKS and not several
 
 
 def measure_accuracy(source: Source, session: Any, examples: Examples, *, data: str) -> Accuracy:

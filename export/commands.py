@@ -98,7 +98,14 @@ def export(
     from export.pipeline import check_options
     from export.real_inputs import calibration_texts, real_inputs
 
-    check_format(format, output, overwrite=overwrite)
+    check_format(
+        format,
+        output,
+        overwrite=overwrite,
+        reads=[source, data],
+        profile=profile,
+        compute_capability=compute_capability,
+    )
     spec = data_spec(data, sets)
     check_options(
         output,

@@ -2,6 +2,8 @@
 
 import difflib
 import shutil
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +18,40 @@ FORMATS = ("onnx", "tensorrt", "triton", "triton-tensorrt")
 
 _DECIDED = {
     "task": "auto", "opset": 17, "precision": "fp32", "residual": "fp32", "linear_form": "auto", "activations": "uint8",
-    "storage": "dense",
+    "storage": "dense", "data": None, "external_data": False, "atol": None, "rtol": None,
 }  # fmt: skip
 """What an artifact cannot be asked for any more, with the values that ask for nothing."""
 
 
-def check_format(format: str, output: Path, *, overwrite: bool) -> None:  # noqa: A002 - the option's name
-    """Raise what no model could be exported with, before any work is done: ConfigError, EngineError, RunError."""
+def check_format(
+    format: str,  # noqa: A002 - the option's name
+    output: Path,
+    *,
+    overwrite: bool,
+    reads: Sequence[Path | str | None],
+    profile: str | None = None,
+    compute_capability: str = "",
+) -> None:
+    """Raise what no model could be exported with, before any work is done: ConfigError, EngineError, RunError.
+
+    *reads*: what must not be overwritten, the model among it.
+    """
     if format not in FORMATS:
         near = difflib.get_close_matches(format, FORMATS, n=1)
         raise ConfigError(
             f"Unknown format {format!r}; "
             + (f"did you mean {near[0]}?" if near else f"use --format {', '.join(FORMATS)}.")
         )
+    if profile is not None and format == "onnx":
+        raise ConfigError(f"--profile is for a plan or Triton; add --format {', '.join(FORMATS[1:])}, or leave it out.")
+    if compute_capability and not format.endswith("tensorrt"):
+        raise ConfigError("--compute-capability is for a plan; add --format tensorrt or triton-tensorrt.")
+    parse_profile(profile, max_length=sys.maxsize)  # the model's own length is known later
     if format.startswith("triton"):
         check_name(output.resolve().name)
     if format.endswith("tensorrt"):
         find_runtime()
-    refuse_existing(output, overwrite=overwrite)
+    refuse_existing(output, overwrite=overwrite, reads=reads)
 
 
 def export_as(
@@ -54,7 +72,9 @@ def export_as(
     Raises what check_format, export.pipeline.export, parse_profile and plan_of raise. What fails after the artifact was
     written leaves it, for format tensorrt.
     """
-    check_format(format, output, overwrite=overwrite)
+    check_format(
+        format, output, overwrite=overwrite, reads=[source], profile=profile, compute_capability=compute_capability
+    )
     if not format.startswith("triton"):
         manifest = _artifact(source, output, overwrite=overwrite, options=options)
         if format == "tensorrt":

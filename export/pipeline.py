@@ -85,6 +85,7 @@ def export(
         activations=activations, storage=storage, overwrite=overwrite, atol=atol, rtol=rtol,
         calibrated=calibration is not None,
     )  # fmt: skip
+    refuse_existing(output, overwrite=overwrite, reads=[source])
     with progress("Exporting", total=_STEPS) as advance:
         return _export(
             source, output, advance, task=task, opset=opset, precision=precision, residual=residual,
@@ -123,6 +124,8 @@ def check_options(
             "--linear-form."
         )
     check_activations(activations)
+    if activations == "int8" and precision != "int8":
+        raise ConfigError(f"--activations int8 is for products in int8; add --precision int8, which is {precision}.")
     check_storage(storage)
     if precision == "int8" and linear_form == "conv":
         raise ConfigError("int8 is for MatMul and Gemm; use another --linear-form, or --precision fp16.")

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,12 @@ from pst.errors import ModelError, PSTError, RunError, StorageError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EIO}
-_REFUSED |= {errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
+_REFUSED |= {errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EBUSY}
+
+_RESULTS = ("export.json", "config.pbtxt", "report.json", "tuned.json", "sparsity.json")
+"""A folder that is written as a whole has one of them."""
+_IN_RESULTS = {"plans", "1"}
+"""The folders that such a one can hold: of TensorRT's plans, and of Triton's version 1."""
 
 
 @contextlib.contextmanager
@@ -68,6 +73,13 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _real(target: Path) -> Path:
+    """Where *target* lies once links are followed, so that a link stays one; StorageError for a device or pipe."""
+    if target.exists() and not (target.is_file() or target.is_dir()):
+        raise StorageError(f"{target} is a device or a pipe, which would be replaced; choose a file or a folder.")
+    return Path(os.path.realpath(target))
+
+
 def _partial(target: Path) -> Path:
     """Where this process writes what becomes *target*. Clears what killed processes left of the same."""
     for leftover in target.parent.glob(f".{glob.escape(target.name)}.partial-*"):
@@ -100,11 +112,10 @@ def remove(path: Path) -> None:
 def atomic_file(target: Path) -> Iterator[Path]:
     """Yield a path beside *target* to write to; on success it is flushed to disk and renamed to *target*.
 
-    Raises StorageError where the disk refuses, RunError where *target* is a device or the like; it is then as it was.
+    Of a link, *target* is what it leads to. Raises StorageError where the disk refuses; *target* is then as it was.
     """
-    if target.exists() and not (target.is_file() or target.is_dir()):
-        raise RunError(f"{target} is no file that can be replaced; choose another name.")
     with storage_errors(target):
+        target = _real(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = _partial(target)
         try:
@@ -121,10 +132,12 @@ def atomic_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield an empty folder beside *target*; on success every file in it is flushed and it becomes *target*.
 
     An existing, non-empty *target* is replaced only with ``overwrite=True``, and only once the new one is whole.
+    Of a link, *target* is what it leads to.
     Raises RunError where it is in the way, StorageError where the disk refuses.
     """
     refuse_existing(target, overwrite=overwrite)
     with storage_errors(target):
+        target = _real(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = _partial(target)
         try:
@@ -164,8 +177,12 @@ def _replace_folder(new: Path, target: Path) -> None:
     remove(old)
 
 
-def refuse_existing(target: Path, *, overwrite: bool) -> None:
-    """Raise RunError when *target* is anything but a folder, or holds anything and *overwrite* is not set."""
+def refuse_existing(target: Path, *, overwrite: bool, reads: Sequence[Path | str | None] | None = None) -> None:
+    """Raise RunError when *target* is anything but a folder, or holds anything and *overwrite* is not set.
+
+    *reads*: what the result is made from, where it takes the place of the whole folder. Then a mount point is refused,
+    and to overwrite what holds one of them, the current folder, or anything but a result.
+    """
     with storage_errors(target):
         refuse_file(target)
         holds_any = target.is_dir() and any(target.iterdir())
@@ -173,11 +190,27 @@ def refuse_existing(target: Path, *, overwrite: bool) -> None:
         raise RunError(
             f"{target} already holds a result, which is kept; choose another --output, or replace it with --overwrite."
         )
+    if reads is None:
+        return
+    if os.path.ismount(target):
+        raise RunError(f"{target} is a mount point, which stays; give a folder inside, such as {target / 'result'}.")
+    if not holds_any:
+        return
+    real = target.resolve()
+    for path in [*(Path(each) for each in reads if each), Path.cwd()]:
+        if path.resolve().is_relative_to(real):
+            raise RunError(f"{target} would be replaced, and with it {path}, which is in use; choose another --output.")
+    folders = {path.name for path in real.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    if folders - _IN_RESULTS or not any((real / name).exists() for name in _RESULTS):
+        raise RunError(
+            f"{target} holds other things than one result, and --overwrite replaces nothing else; choose another "
+            "--output, or remove the folder."
+        )
 
 
 def refuse_file(target: Path) -> None:
-    """Raise RunError where *target* is there and no folder: a file, a device such as /dev/null, a link to nowhere."""
-    if os.path.lexists(target) and not target.is_dir():
+    """Raise RunError where *target* is there and no folder: a file, or a device such as /dev/null."""
+    if target.exists() and not target.is_dir():
         kind = "a file" if target.is_file() else "no folder"
         raise RunError(f"{target} is {kind}; --output wants a folder.")
 

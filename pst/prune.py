@@ -129,7 +129,7 @@ def prune(
         raise ConfigError(f"--rows is {rows}; calibration needs at least 1 row of text.")
     final = own.sparsity if own is not None else _final(chosen.sparsity, sparsity, pattern=chosen.spec)
     spec = MIXED if own is not None else chosen.spec
-    refuse_existing(output, overwrite=overwrite)
+    refuse_existing(output, overwrite=overwrite, reads=[source, plan, data.data if data else None])
     where = str(resolve_model(Path(source))) if Path(source).exists() else str(source)
     config = load_config(where)
     model, tokenizer = _load(where, config), load_tokenizer(where)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pst.errors import ModelError
-from serve.describe import ModelFolder, describe
+from serve.describe import ModelFolder, describe, refuse_multi_label
 from serve.engines import ANY_SHAPE, Array, Engine, PreparedEngine, Shapes
 from serve.holder import EngineHolder
 from serve.padding import filled_shape
@@ -63,6 +63,7 @@ class Classifier(EngineHolder):
         self.folder: ModelFolder = describe(path, verify=verify)
         if self.folder.task == "text_generation":
             raise ModelError(f"{path} is a language model; give a classifier or regressor.")
+        refuse_multi_label(self.folder)
         self.encoder = TextEncoder(self.folder.path, max_length=self.folder.max_length)
         super().__init__(self.folder.path, engine=engine, threads=threads, shapes=shapes)
         self._announced = shapes.fixed

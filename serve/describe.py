@@ -101,6 +101,15 @@ def _task(config: Mapping[str, Any], labels: tuple[str, ...]) -> Task:
     return "classification"
 
 
+def refuse_multi_label(folder: ModelFolder) -> None:
+    """Raise ModelError where a text of the model may have several labels, each with a sigmoid of its own."""
+    if _config(folder.path).get("problem_type") == "multi_label_classification":
+        raise ModelError(
+            f"{folder.path} gives each text several labels (multi_label_classification); eval and serve take one label "
+            "a text. Open its model.onnx in ONNX Runtime, and take the sigmoid of its logits."
+        )
+
+
 def _name(path: Path) -> str:
     return path.resolve().name
 

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from pst.files import atomic_file
 from pst.progress import progress
 from serve import perplexity
 from serve.classify import Classifier, softmax
-from serve.describe import ModelFolder, describe
+from serve.describe import ModelFolder, describe, refuse_multi_label
 from serve.engines import Array, Engine
 from serve.generate import Generator
 
@@ -130,6 +131,9 @@ def evaluate(
     data = data if isinstance(data, DataSet) else DataSet(data)
     if batch_size < 1:
         raise ConfigError(f"A batch of {batch_size} rows holds nothing; give --batch-size 1 or more.")
+    for source in (data.spec.data, data.spec.validation):
+        if predictions is not None and source and os.path.realpath(source) == os.path.realpath(predictions):
+            raise ConfigError(f"--predictions would replace the data in {source}; name another file.")
     if path.exists() and describe(path).task == "text_generation":
         if predictions is not None:
             raise ConfigError("--predictions writes the answers of classifiers and regressors; leave it out here.")
@@ -168,6 +172,7 @@ def check_data(path: Path, data: DataSet) -> None:
     if folder.task == "text_generation":
         data.documents()
     else:
+        refuse_multi_label(folder)
         _aligned(data.examples(), folder, path)
 
 

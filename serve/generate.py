@@ -112,6 +112,11 @@ class Generator(EngineHolder):
         """Raise ConfigError or DataError, naming the prompt, unless one of *length* tokens and its answer fit."""
         if max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
+        if max_new_tokens >= self.max_length:
+            raise DataError(
+                f"max_new_tokens is {max_new_tokens}; give {self.max_length - 1} at most, since the model takes "
+                f"{self.max_length} in all, the prompt's among them."
+            )
         if not 0 < length <= self.max_length - max_new_tokens:
             raise DataError(
                 f"{name} has {length} tokens; with {max_new_tokens} new ones it must have 1 to "

@@ -73,7 +73,7 @@ def bench(
         raise ConfigError(f"--precision {precision} is no share of a ratio; give for example 0.01, or 0 for none.")
     if openings != 1 and openings < LEAST_OPENINGS:
         raise ConfigError(f"--openings {openings} are too few for an interval; give {LEAST_OPENINGS} or more, or 1.")
-    refuse_existing(output, overwrite=overwrite)
+    refuse_existing(output, overwrite=overwrite, reads=[*paths, None if data is None else data.data])
     threads = threads or available_cpus()
     names = unique_names(paths)
     # Recorded before the work below, so that the load average is not our own.

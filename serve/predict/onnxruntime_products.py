@@ -3,6 +3,7 @@
 The whole model is an artifact's own model.onnx; of a Hugging Face folder, ``pst export`` makes one for the time.
 """
 
+import json
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,7 @@ import numpy as np
 from export import manifest
 from export.manifest import FILE_NAME
 from pst.errors import EngineError
+from pst.files import resolve_model
 from pst.progress import note
 from serve.bench.workload import random_workload
 from serve.closing import Closing
@@ -130,6 +132,8 @@ class OnnxRuntimeProducts(Closing):
 def _export(path: Path, folder: Path) -> None:
     note(f"{path} is no ONNX artifact: it is exported for the measurement, and deleted afterwards.")
     command = [sys.executable, "-m", "cli", "export", str(path), "--output", str(folder)]
+    if _is_pretrained(path):
+        command += ["--task", "feature_extraction"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 130 or done.returncode < 0:
         raise KeyboardInterrupt
@@ -138,6 +142,16 @@ def _export(path: Path, folder: Path) -> None:
         raise EngineError(
             f"ONNX Runtime needs {path} as ONNX, and pst export refuses it: {said[0].removeprefix('Error: ')}"
         )
+
+
+def _is_pretrained(path: Path) -> bool:
+    """Whether it is an encoder as pretraining leaves it, whose head no task keeps."""
+    try:
+        config = json.loads((resolve_model(path) / "config.json").read_text(encoding="utf-8"))
+        named = config.get("architectures") or []
+    except (OSError, ValueError, AttributeError):
+        return False  # pst export says what is wrong
+    return any(str(name).endswith(("ForMaskedLM", "ForPreTraining")) for name in named)
 
 
 def open_products(path: Path, *, variant: str, threads: int) -> OnnxRuntimeProducts:

@@ -74,7 +74,7 @@ def tune(
         raise ConfigError(
             "Give --warmup, --runs and --new-tokens 1 or more, --budget above 0 and --precision from 0 to below 1."
         )
-    refuse_existing(output, overwrite=overwrite)
+    refuse_existing(output, overwrite=overwrite, reads=paths)
     threads = threads or available_cpus()
     found = candidates(paths, engine=engine)
     machine = environment(command=command, threads=threads)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from ..command_line import done
 from .conftest import Refused, every_reader, harm, truncate
 
 
@@ -65,6 +66,24 @@ def test_artifact_of_a_newer_version(refused: Refused, artifact: Path, reviews_f
     (artifact / "export.json").write_text(json.dumps(manifest | {"schema_version": 2}), encoding="utf-8")
     for arguments in every_reader("artifact", reviews_file):
         refused(*arguments, says=("schema version 2", "update it"))
+
+
+def test_model_whose_texts_have_several_labels(
+    refused: Refused, tiny_bert: Path, reviews_file: Path, tmp_path: Path
+) -> None:
+    """Their scores are sigmoids; a softmax of them would be wrong."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    shutil.copytree(tiny_bert, tmp_path / "model")
+    config = BertConfig.from_pretrained(tiny_bert, problem_type="multi_label_classification")
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    done("export", "model", "--output", "artifact", "--data", reviews_file)
+    assert json.loads((tmp_path / "artifact" / "export.json").read_text(encoding="utf-8"))["accuracy"] is None
+    says = ("several labels", "sigmoid")
+    for path in ("model", "artifact"):
+        refused("eval", path, "--data", reviews_file, says=says)
+        refused("serve", path, "--port", "0", says=says)
+    refused("bench", "artifact", "--data", reviews_file, "--output", "report", says=says)
 
 
 def test_file_where_a_folder_is_wanted(refused: Refused, artifact: Path, reviews_file: Path) -> None:

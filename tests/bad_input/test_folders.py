@@ -1,5 +1,6 @@
 """Models, output folders and checkpoints that are not what they should be."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -128,6 +129,45 @@ def test_output_that_holds_a_report(refused: Refused, exported: Path) -> None:
     done(*again)
     refused(*again, says=("which is kept", "--overwrite"))
     done(*again, "--overwrite")
+
+
+def test_overwriting_what_is_read(
+    refused: Refused, model: Path, exported: Path, reviews_file: Path, tmp_path: Path
+) -> None:
+    run, report = tmp_path / "run", tmp_path / "report"
+    shutil.copytree(model, run / "model")
+    artifact = Path(shutil.copytree(exported, report / "artifact"))
+    data = Path(shutil.copy(reviews_file, tmp_path / "rows.jsonl"))
+    says = ("would be replaced, and with it", "another --output")
+    for source, output in ((run, run), (run / "model", run), (run / "model", run / "model"), (artifact, artifact)):
+        refused("export", source, "--output", output, "--overwrite", says=says)
+    refused("export", run, "--format", "triton", "--output", "run", "--overwrite", says=says)
+    refused("prune", run, "--output", run, "--pattern", "2:4", "--overwrite", says=says)
+    for more in ((), ("--tune",)):
+        refused("bench", artifact, exported, "--output", report, "--overwrite", "--shapes", "1x8", *more, says=says)
+    refused("export", exported, "--output", ".", "--overwrite", says=says)
+    refused("eval", artifact, "--data", data, "--predictions", "rows.jsonl", says=("replace the data", "another file"))
+
+
+def test_overwriting_more_than_a_result(refused: Refused, model: Path, exported: Path, tmp_path: Path) -> None:
+    says = ("holds other things than one result", "another --output")
+    shutil.copytree(exported, tmp_path / "artifacts" / "one")
+    refused("export", exported, "--output", "artifacts", "--overwrite", says=says)
+    shutil.copy(exported / "export.json", tmp_path / "artifacts")  # not a result alone either
+    refused("bench", exported, "--shapes", "1x8", "--output", "artifacts", "--overwrite", says=says)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "notes.txt").write_text("mine", encoding="utf-8")
+    refused("prune", model, "--output", "own", "--pattern", "2:4", "--overwrite", says=says)
+
+
+def test_a_mount_point_is_refused_before_any_work(
+    refused: Refused, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "volume")
+    (tmp_path / "volume").mkdir()
+    says = ("is a mount point", "volume/result")
+    refused("export", exported, "--output", "volume", says=says)
+    refused("bench", exported, "--shapes", "1x8", "--output", "volume", says=says)
 
 
 def test_failed_export_keeps_the_artifact_that_was_there(refused: Refused, model: Path, artifact: Path) -> None:

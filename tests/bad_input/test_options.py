@@ -113,6 +113,21 @@ def test_unknown_format(refused: Refused, model: Path) -> None:
     refused("export", model, "--format", "gguf", "--output", "new", says=("'gguf'", "--format onnx"))
 
 
+def test_options_that_would_have_no_effect(refused: Refused, model: Path, exported: Path, reviews_file: Path) -> None:
+    again = ("export", model, "--output", "new")
+    refused(*again, "--activations", "int8", says="add --precision int8")
+    refused(*again, "--profile", "1x1,8x32,16x32", says="add --format tensorrt, triton")
+    refused(*again, "--compute-capability", "SM86", says="add --format tensorrt")
+    refused(*again, "--format", "triton", "--compute-capability", "SM86", says="add --format tensorrt")
+    for option in (("--data", reviews_file), ("--external-data",), ("--atol", "1")):
+        refused("export", exported, "--output", "new", *option, says=f"is an artifact, of which {option[0]} is decided")
+
+
+@pytest.mark.parametrize("profile", ["1x1,8x32", "8x32,1x1,16x32", "words"])
+def test_profile_that_is_none_is_refused_before_the_export(refused: Refused, model: Path, profile: str) -> None:
+    refused("export", model, "--format", "triton", "--output", "new", "--profile", profile, says="1x1,8x128,32x128")
+
+
 @pytest.mark.parametrize("opset", ["3", "99"])
 def test_opset_that_cannot_be_written(refused: Refused, model: Path, opset: str) -> None:
     refused("export", model, "--opset", opset, "--output", "new", says=(f"Opset {opset}", "choose 17"))

@@ -92,6 +92,42 @@ def test_a_target_that_cannot_be_a_file(tmp_path: Path) -> None:
     assert leftovers(tmp_path) == []
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes with a name")
+def test_a_device_or_a_pipe_stays(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    (tmp_path / "link").symlink_to(pipe)
+    for target in (pipe, tmp_path / "link"):
+        with pytest.raises(StorageError, match="is a device or a pipe"), atomic_file(target):
+            pytest.fail("the block must not run")
+        with pytest.raises(RunError, match="wants a folder"), atomic_folder(target, overwrite=True):
+            pytest.fail("the block must not run")
+    assert pipe.is_fifo()
+    assert (tmp_path / "link").is_symlink()
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize("before", ["nothing", "old"])
+def test_links_are_followed(before: str, tmp_path: Path) -> None:
+    """A result lands on the disk that its link leads to."""
+    disk, here = tmp_path / "disk", tmp_path / "here"
+    (disk / "folder").mkdir(parents=True)
+    here.mkdir()
+    if before == "old":
+        (disk / "file").write_text("old")
+        (disk / "folder" / "old").write_text("old")
+    for name in ("file", "folder"):
+        (here / name).symlink_to(Path("..") / "disk" / name)
+    with atomic_file(here / "file") as partial:
+        partial.write_text("new")
+    with atomic_folder(here / "folder", overwrite=True) as partial:
+        (partial / "new").write_text("new")
+    assert (here / "file").is_symlink()
+    assert (here / "folder").is_symlink()
+    assert content(disk) == {"file": "new", "folder/new": "new"}
+    assert leftovers(tmp_path) == []
+
+
 @as_user
 def test_a_folder_without_permission(tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
@@ -276,24 +312,6 @@ def test_remove_takes_anything(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["target"], "a link goes, not what it leads to"
     remove(tmp_path / "target")
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("kind", ["pipe", "link to nowhere"])
-def test_what_is_neither_file_nor_folder_is_never_replaced(kind: str, tmp_path: Path) -> None:
-    """Such as /dev/null, which a folder in its place takes from the whole machine."""
-    target = tmp_path / "target"
-    os.mkfifo(target) if kind == "pipe" else target.symlink_to(tmp_path / "nowhere")
-    before = target.lstat()
-    with pytest.raises(RunError, match="is no folder; --output wants a folder"):
-        refuse_existing(target, overwrite=True)
-    with pytest.raises(RunError, match="is no folder"), atomic_folder(target, overwrite=True):
-        pass
-    if kind == "pipe":
-        with pytest.raises(RunError, match="is no file that can be replaced"), atomic_file(target) as partial:
-            partial.write_text("new")
-        remove(target)
-    assert target.lstat() == before
-    assert leftovers(tmp_path) == []
 
 
 def test_json_round_trip_and_errors(tmp_path: Path) -> None:

@@ -244,12 +244,13 @@ def test_one_artifact_alone_has_no_ratio(tmp_path: Path, bert_artifact: Path) ->
 
 
 def test_an_existing_report_is_kept(tmp_path: Path, bert_artifact: Path) -> None:
-    (tmp_path / "kept").write_text("mine")
+    (tmp_path / "report.json").write_text("old")
     with pytest.raises(RunError, match="--overwrite"):
         bench([bert_artifact], shapes=[(1, 4)], output=tmp_path, runs=1)
-    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"report.json": "old"}
     bench([bert_artifact], shapes=[(1, 4)], output=tmp_path, threads=1, warmup=1, runs=1, overwrite=True)
-    assert (tmp_path / "report.json").is_file()
+    assert (tmp_path / "report.json").read_text() != "old"
+    assert (tmp_path / "report.md").is_file()
 
 
 def test_user_errors(tmp_path: Path, bert_artifact: Path, reviews_file: Path) -> None:

@@ -125,6 +125,10 @@ def test_what_is_left_open_fits(artifact: Path) -> None:
         answer = await client.post("/v1/generate", json={"text": long, "max_new_tokens": 5, "stream": True})
         assert answer.status_code == 400
         assert "it must have 1 to 59, since the model takes 64 in all" in answer.json()["error"]
+        for count in (64, 1000):
+            answer = await client.post("/v1/generate", json={"text": "film", "max_new_tokens": count})
+            assert answer.status_code == 400
+            assert answer.json()["error"].startswith(f"max_new_tokens is {count}; give 63 at most")
 
     with_client(artifact, scenario)
 

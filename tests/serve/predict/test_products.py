@@ -84,6 +84,18 @@ def test_weights_are_the_same_each_time_and_differ_from_each_other() -> None:
     assert first.std() == pytest.approx(1 / 20, rel=0.1)
 
 
+@pytest.mark.parametrize("kind", ["BertForMaskedLM", "BertForPreTraining"])
+def test_an_encoder_as_pretraining_leaves_it(kind: str, tiny_bert: Path, tmp_path: Path) -> None:
+    import transformers
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_bert, folder)
+    getattr(transformers, kind)(transformers.BertConfig.from_pretrained(folder)).save_pretrained(folder)
+    assert kind in (folder / "config.json").read_text(encoding="utf-8")
+    with open_products(folder, engine="onnxruntime", threads=1) as products:
+        assert products.model(1, 4)() > 0.0
+
+
 def test_user_errors(bert_artifact: Path, tmp_path: Path) -> None:
     for engine, message in (
         ("tensorrt", "measures no products with tensorrt; choose onnxruntime, onnxruntime-sparse, torch-cuda or auto"),
