@@ -28,6 +28,7 @@ from pst.errors import ModelError, RunError
 from pst.files import remove, storage_errors
 from pst.graphs import RecordedSteps, padded_length
 from pst.objective import Objective
+from pst.patterns import parse_pattern
 from pst.pending import Delayed, Pending, moved
 from pst.plan import read_plan
 from pst.progress import note, progress, silence
@@ -44,6 +45,7 @@ from pst.schedule import CubicSchedule
 from pst.signals import stop_signals
 from pst.sparsify import MaskCheck, merge_, set_sparsity_, sparsify_
 from pst.structured.calibration import UnitCalibration
+from pst.structured.choose import require_reachable
 from pst.teacher import load_teacher
 
 LOG_EVERY = 10
@@ -113,7 +115,9 @@ def _train(
     method = methods.make(config.method, config)
     if method is not None:
         plan = read_plan(config.plan) if config.plan else None
-        weights = sparsify_(model, method=method, pattern="unstructured" if plan else shape.parsed_pattern(), plan=plan)
+        pattern = parse_pattern("unstructured") if plan else shape.parsed_pattern()
+        require_reachable(model, pattern, _given(shape.sparsity))
+        weights = sparsify_(model, method=method, pattern=pattern, plan=plan)
         for line in plan.overview({item.name: item.weight.numel() for item in weights}) if plan else ():
             note(line)
     model.to(device)

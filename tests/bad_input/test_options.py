@@ -22,6 +22,11 @@ def test_sparsity_that_the_pattern_contradicts(refused: Refused, tiny_bert: Path
     refused(*train(tiny_bert, reviews_file, "--pattern", "1:4"), says=("1:4 has sparsity 0.75", "leave --sparsity out"))
 
 
+def test_more_than_can_be_removed(refused: Refused, tiny_bert: Path, reviews_file: Path) -> None:
+    arguments = train(tiny_bert, reviews_file, "--pattern", "structured", "--sparsity", "0.99")
+    refused(*arguments, says=("Sparsity 0.99 cannot be reached", "at most 0.", "Give a lower --sparsity."))
+
+
 def test_unknown_pattern(refused: Refused, tiny_bert: Path, reviews_file: Path) -> None:
     refused(*train(tiny_bert, reviews_file, "--pattern", "checkers"), says=("'checkers'", "2:4", "unstructured"))
 
