@@ -89,6 +89,8 @@ def train(
         "seed": seed,
         "faithful": faithful or None,
     }
+    if epochs is not None and steps is None:
+        flags["steps"] = 0  # those of --config, which would win over epochs
     stored = output / "config.yaml"
     if resume and config is None and stored.is_file():
         config = stored
