@@ -137,10 +137,9 @@ def _csv_options(path: Path, datasets: Any, ending: str) -> dict[str, Any]:
     first = pandas.read_csv(path, nrows=1, dtype=str, **options)
     header = list(first.columns)
     if not isinstance(first.index, pandas.RangeIndex):  # pandas moves every name to the right
-        raise DataError(
-            f"Row 1 of {path} has {first.index.nlevels + len(header)} cells, but its header names {len(header)} columns; "
-            + ("remove the tabs in its texts." if ending == ".tsv" else "put texts that hold a comma in double quotes.")
-        )
+        remedy = "remove the tabs in its texts" if ending == ".tsv" else "put texts that hold a comma in double quotes"
+        cells = first.index.nlevels + len(header)
+        raise DataError(f"Row 1 of {path} has {cells} cells, but its header names {len(header)} columns; {remedy}.")
     features = datasets.Features({name: datasets.Value("string") for name in header})
     return {"features": features, "keep_default_na": False, **options}
 
