@@ -91,7 +91,7 @@ def _train(
     if group.first:
         report = finished_report(config, output) if resume else None
         if report is None:
-            refuse_other_run(output, resume=resume, overwrite=overwrite)
+            refuse_other_run(config, output, resume=resume, overwrite=overwrite)
     report = group.gather(report)[0]
     if report is not None:
         note(f"{output} is finished already.")

@@ -76,6 +76,15 @@ def test_output_that_holds_a_run(refused: Refused, tiny_bert: Path, reviews_file
     assert after["model/model.safetensors"] != before["model/model.safetensors"]
 
 
+@pytest.mark.parametrize("option", ["--model", "--teacher"])
+def test_output_that_holds_what_the_run_begins_from(
+    refused: Refused, tiny_bert: Path, reviews_file: Path, option: str
+) -> None:
+    done("train", "--model", tiny_bert, "--data", reviews_file, *TRAIN, "--method", "dense", "--output", "new")
+    says = (f"{option[2:]} new/model lies in new", "choose another --output")
+    refused(*train(tiny_bert, reviews_file, option, "new/model", "--overwrite"), says=says)
+
+
 def test_output_that_holds_an_interrupted_run(
     refused: Refused, interrupted: Path, tiny_bert: Path, reviews_file: Path
 ) -> None:
