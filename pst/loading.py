@@ -1,19 +1,23 @@
 """Model folders and hub ids to a model with a classification head and its tokenizer, with errors a user can act on."""
 
+import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import nn
 
 from pst.config import names_classifier
 from pst.data import Examples, align_labels
-from pst.errors import ModelError
+from pst.errors import ConfigError, ModelError
 from pst.quiet import quiet_transformers
 from pst.structured.storage import from_pretrained
 
 DEFAULT_MAX_LENGTH = 128
+SHORTEST = 3
 VOCABULARY_FILES = ("tokenizer.json", "vocab.*", "merges.txt", "*.model")
 
 
@@ -76,8 +80,13 @@ def longest_input(config: Any) -> int:
 
 
 def settle_max_length(asked: int | None, config: Any, *, source: str) -> int:
-    """The tokens a row keeps: *asked*, or 128 within the model's limit. Raises ModelError beyond that limit."""
+    """The tokens a row keeps: *asked*, or 128 within the model's limit.
+
+    Raises ModelError beyond that limit, ConfigError where there is no room for a word between two special tokens.
+    """
     limit = longest_input(config)
+    if asked is not None and asked < SHORTEST:
+        raise ConfigError(f"max_length is {asked}; it must be at least {SHORTEST}.")
     if asked is None:
         return min(DEFAULT_MAX_LENGTH, limit) if limit else DEFAULT_MAX_LENGTH
     if limit and asked > limit:
