@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from pst.command_line import DataOption, DataSets, Output, Overwrite, Sets, data_spec, show
-from pst.errors import ConfigError
+from pst.errors import ConfigError, RunError
 
 app = typer.Typer()
 
@@ -94,6 +94,8 @@ def train(
     stored = output / "config.yaml"
     if resume and config is None and stored.is_file():
         config = stored
+    if resume and config is None and model is None and not sets:
+        raise RunError(f"{output} holds no run to go on with; give the --output of one, or all options to begin one.")
     settings = resolve(TrainConfig, file=config, sets=sets or (), flags=flags)
 
     from pst.train import InterruptedRun

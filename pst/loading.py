@@ -27,7 +27,10 @@ def load_config(source: str) -> Any:
     from transformers import AutoConfig
 
     if _looks_local(source) and not (Path(source) / "config.json").is_file():
-        what = "has no config.json" if Path(source).is_dir() else "does not exist"
+        folder = Path(source)
+        if (folder / "model" / "config.json").is_file():
+            raise ModelError(f"{source} is the folder of a run; the model is {folder / 'model'}.")
+        what = "has no config.json" if folder.is_dir() else "is a file" if folder.exists() else "does not exist"
         raise ModelError(f"{source} {what}; --model wants a Hugging Face folder or a hub id such as bert-base-uncased.")
     try:
         return AutoConfig.from_pretrained(source)
@@ -142,3 +145,15 @@ def require_vocabulary(model: Any, token_ids: Sequence[Sequence[int]], *, source
             f"The tokenizer of {source} gives token id {highest}, but the model has embeddings for {size}; "
             "the tokenizer is of another model. Copy the right tokenizer files there."
         )
+
+
+def fingerprint_of(model: nn.Module, source: str) -> str:
+    """SHA-256 of all tensors of *model*, as 64 hexadecimal digits. Raises ModelError where a weight is not finite."""
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise ModelError(f"The weight {name} of {source} holds NaN or infinity; choose another model.")
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(tensor.cpu().numpy()).data)
+    return digest.hexdigest()

@@ -3,7 +3,6 @@
 Several processes (``torchrun``, ``accelerate launch``) run this same code; see pst/distributed.py.
 """
 
-import hashlib
 import math
 import random
 import time
@@ -27,6 +26,7 @@ from pst.distributed import Processes, processes
 from pst.errors import ModelError, RunError
 from pst.files import remove, storage_errors
 from pst.graphs import RecordedSteps, padded_length
+from pst.loading import fingerprint_of
 from pst.objective import Objective
 from pst.patterns import parse_pattern
 from pst.pending import Delayed, Pending, moved
@@ -109,7 +109,7 @@ def _train(
     # The data, the model, the masks
     prepared = tasks.prepare(config, **given)
     model, rows = prepared.model, prepared.train
-    fingerprint = _fingerprint(model)
+    fingerprint = fingerprint_of(model, config.model)
     teacher = load_teacher(config.teacher, model, prepared.tokenizer) if config.teacher else None
     shape = replace(config, **methods.shape_of(config.method, model, config))
     method = methods.make(config.method, config)
@@ -160,7 +160,7 @@ def _train(
     identity = {name: value for name, value in asdict(config).items() if name not in NOT_COMPARED}
     identity |= {"max_length": prepared.max_length, **prepared.fingerprints, "starting weights": fingerprint}
     if teacher is not None:
-        identity["teacher's weights"] = _fingerprint(teacher)
+        identity["teacher's weights"] = fingerprint_of(teacher, config.teacher)
     state = checkpoint.load_last(output / "checkpoints") if resume else None
     first_step, spent, training = 0, 0.0, 0.0
     if state is not None:
@@ -343,15 +343,6 @@ def _given(value: Any) -> Any:
     """A field that ``TrainConfig.filled`` has set."""
     assert value is not None
     return value
-
-
-def _fingerprint(model: nn.Module) -> str:
-    """SHA-256 of all tensors of *model*, as 64 hexadecimal digits."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(np.ascontiguousarray(tensor.cpu().numpy()).data)
-    return digest.hexdigest()
 
 
 def _diverged(step: int, output: Path) -> RunError:
