@@ -87,12 +87,13 @@ def _train(
     config: TrainConfig, output: Path, group: Processes, *, resume: bool, overwrite: bool, given: dict[str, Any]
 ) -> TrainResult:
     # What is there already
-    report = None
-    if group.first:
-        report = finished_report(config, output) if resume else None
-        if report is None:
+    def already() -> dict[str, Any] | None:
+        found = finished_report(config, output) if resume else None
+        if found is None:
             refuse_other_run(config, output, resume=resume, overwrite=overwrite)
-    report = group.gather(report)[0]
+        return found
+
+    report = group.first_does(already)
     if report is not None:
         note(f"{output} is finished already.")
         return _result(output, report)
@@ -180,8 +181,7 @@ def _train(
     elif resume:
         note(f"No checkpoint in {output}; starting from the first step.")
     group.wait()  # nobody reads the folder any more
-    if group.first:
-        prepare_folder(output, config, first_step=first_step, steps=steps)
+    group.first_does(partial(prepare_folder, output, config, first_step=first_step, steps=steps))
 
     looks = Delayed(device)  # at what each step came to, once the next is started: the GPU has work meanwhile
 
