@@ -34,6 +34,7 @@ from pst.patterns import parse_pattern
 from pst.result import sparsity_of, versions
 from pst.schedule import CubicSchedule
 from pst.sparsify import MaskCheck, merge_, set_sparsity_, sparsify_
+from pst.structured.choose import require_reachable
 
 
 class PSTCallback(TrainerCallback):  # type: ignore[misc]
@@ -74,6 +75,7 @@ class PSTCallback(TrainerCallback):  # type: ignore[misc]
         self._shape = {"initial": min(sparsity_initial, self.sparsity), "final": self.sparsity}
         self._shape |= {"warmup": sparsity_warmup, "cooldown": sparsity_cooldown}
         CubicSchedule(**self._shape, steps=1)  # raises for what no run could use
+        require_reachable(model, parse_pattern(pattern), self.sparsity)
         sparsify_(model, method=self.method, pattern=pattern)
         self.optimizer = torch.optim.AdamW(self.method.param_groups(model), weight_decay=weight_decay)
         self._merged = False

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from pst.command_line import DataOption, DataSets, Output, Overwrite, Sets, data_spec, show
-from pst.errors import ConfigError
+from pst.errors import ConfigError, RunError
 
 app = typer.Typer()
 
@@ -89,9 +89,13 @@ def train(
         "seed": seed,
         "faithful": faithful or None,
     }
+    if epochs is not None and steps is None:
+        flags["steps"] = 0  # those of --config, which would win over epochs
     stored = output / "config.yaml"
     if resume and config is None and stored.is_file():
         config = stored
+    if resume and config is None and model is None and not sets:
+        raise RunError(f"{output} holds no run to go on with; give the --output of one, or all options to begin one.")
     settings = resolve(TrainConfig, file=config, sets=sets or (), flags=flags)
 
     from pst.train import InterruptedRun

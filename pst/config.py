@@ -141,6 +141,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < lowest:
                 raise ConfigError(f"{name} is {value}; it must be at least {lowest}.")
+        if self.seed is not None and self.seed >= 2**32:
+            raise ConfigError(f"seed is {self.seed}; it must be below {2**32}.")
         non_negative = ("epochs", "lr", "lr_update", "lr_scores", "weight_decay", "max_grad_norm", "distill_hidden")
         for name in non_negative:
             value = getattr(self, name)

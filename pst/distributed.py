@@ -6,17 +6,17 @@ the first process's are handed to the others all the same, so that no difference
 """
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pst.errors import ConfigError
+from pst.errors import ConfigError, PSTError
 from pst.masked_weight import MaskedWeight
 
 T = TypeVar("T")
@@ -56,6 +56,21 @@ class Processes:
         values: list[Any] = [None] * self.count
         dist.all_gather_object(values, value)
         return values
+
+    def first_does(self, what: Callable[[], T]) -> T:
+        """What *what* returns to the first process, which alone calls it; a PSTError of its is raised in every one."""
+        if self.count == 1:
+            return what()
+        outcome: tuple[Any, PSTError | None] = (None, None)
+        if self.first:
+            try:
+                outcome = what(), None
+            except PSTError as error:
+                outcome = None, error
+        value, refusal = self.gather(outcome)[0]
+        if refusal is not None:
+            raise refusal
+        return cast(T, value)
 
     def any(self, value: bool, device: torch.device) -> bool:
         """Whether *value* holds in any process."""

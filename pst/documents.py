@@ -109,7 +109,7 @@ def read_text(path: Path) -> Table:
     if path.suffix != ".txt" or not path.is_file():
         raise DataError(f"{path} is not a text file, as the training data is; give one that ends in .txt.")
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8.") from error
     documents = [text.strip("\n") for text in re.split(r"\n\s*\n", content) if text.strip()]

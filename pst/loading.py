@@ -1,19 +1,23 @@
 """Model folders and hub ids to a model with a classification head and its tokenizer, with errors a user can act on."""
 
+import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import nn
 
 from pst.config import names_classifier
 from pst.data import Examples, align_labels
-from pst.errors import ModelError
+from pst.errors import ConfigError, ModelError
 from pst.quiet import quiet_transformers
 from pst.structured.storage import from_pretrained
 
 DEFAULT_MAX_LENGTH = 128
+SHORTEST = 3
 VOCABULARY_FILES = ("tokenizer.json", "vocab.*", "merges.txt", "*.model")
 
 
@@ -23,7 +27,10 @@ def load_config(source: str) -> Any:
     from transformers import AutoConfig
 
     if _looks_local(source) and not (Path(source) / "config.json").is_file():
-        what = "has no config.json" if Path(source).is_dir() else "does not exist"
+        folder = Path(source)
+        if (folder / "model" / "config.json").is_file():
+            raise ModelError(f"{source} is the folder of a run; the model is {folder / 'model'}.")
+        what = "has no config.json" if folder.is_dir() else "is a file" if folder.exists() else "does not exist"
         raise ModelError(f"{source} {what}; --model wants a Hugging Face folder or a hub id such as bert-base-uncased.")
     try:
         return AutoConfig.from_pretrained(source)
@@ -76,8 +83,13 @@ def longest_input(config: Any) -> int:
 
 
 def settle_max_length(asked: int | None, config: Any, *, source: str) -> int:
-    """The tokens a row keeps: *asked*, or 128 within the model's limit. Raises ModelError beyond that limit."""
+    """The tokens a row keeps: *asked*, or 128 within the model's limit.
+
+    Raises ModelError beyond that limit, ConfigError where there is no room for a word between two special tokens.
+    """
     limit = longest_input(config)
+    if asked is not None and asked < SHORTEST:
+        raise ConfigError(f"max_length is {asked}; it must be at least {SHORTEST}.")
     if asked is None:
         return min(DEFAULT_MAX_LENGTH, limit) if limit else DEFAULT_MAX_LENGTH
     if limit and asked > limit:
@@ -133,3 +145,15 @@ def require_vocabulary(model: Any, token_ids: Sequence[Sequence[int]], *, source
             f"The tokenizer of {source} gives token id {highest}, but the model has embeddings for {size}; "
             "the tokenizer is of another model. Copy the right tokenizer files there."
         )
+
+
+def fingerprint_of(model: nn.Module, source: str) -> str:
+    """SHA-256 of all tensors of *model*, as 64 hexadecimal digits. Raises ModelError where a weight is not finite."""
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise ModelError(f"The weight {name} of {source} holds NaN or infinity; choose another model.")
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(tensor.cpu().numpy()).data)
+    return digest.hexdigest()

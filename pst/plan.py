@@ -144,7 +144,7 @@ def read_plan(value: str) -> Plan:
     if "=" in value and not Path(value).is_file():
         return parse_plan(value, where="the plan")
     try:
-        return parse_plan(Path(value).expanduser().read_text(encoding="utf-8"), where=value)
+        return parse_plan(Path(value).expanduser().read_text(encoding="utf-8-sig"), where=value)
     except FileNotFoundError:
         raise ConfigError(f"{value} does not exist; give --plan an existing TOML file.") from None
     except (OSError, UnicodeDecodeError) as error:

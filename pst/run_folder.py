@@ -42,8 +42,12 @@ def finished_report(config: TrainConfig, output: Path) -> dict[str, Any] | None:
     return report
 
 
-def refuse_other_run(output: Path, *, resume: bool, overwrite: bool) -> None:
-    """Raise RunError where *output* holds what this run must not touch: any run, or, to resume, anything but a run."""
+def refuse_other_run(config: TrainConfig, output: Path, *, resume: bool, overwrite: bool) -> None:
+    """Raise RunError where *output* holds what this run must not touch: any run, or, to resume, anything but a run.
+
+    With *overwrite* that is what the run itself begins from.
+    """
+    _refuse_own_input(config, output)
     interrupted = any(output.glob("checkpoints/*.pt"))
     if interrupted and not resume and not overwrite:
         raise RunError(
@@ -53,6 +57,20 @@ def refuse_other_run(output: Path, *, resume: bool, overwrite: bool) -> None:
     if resume and (interrupted or (output / "metrics.jsonl").exists() or not _visible(output)):
         return
     refuse_existing(output, overwrite=overwrite)
+
+
+def _refuse_own_input(config: TrainConfig, output: Path) -> None:
+    """Raise RunError where the run reads from what it would remove of *output* before it has anything in its place."""
+    given = {"model": config.model, "teacher": config.teacher, "data": config.data, "validation": config.validation}
+    for name, value in given.items():
+        path = Path(value).expanduser() if value else None
+        if path is None or not path.exists():
+            continue
+        for part in ("model", "checkpoints", "tensorboard"):
+            if path.resolve().is_relative_to((output / part).resolve()):
+                raise RunError(
+                    f"The {name} {value} lies in {output}, where this run would replace it; choose another --output."
+                )
 
 
 def _visible(folder: Path) -> bool:

@@ -130,10 +130,16 @@ def _csv_options(path: Path, datasets: Any, ending: str) -> dict[str, Any]:
     """Every cell as the string that stands there: "NA" is a text, and a column of digits may be one as well.
 
     A tab-separated file has no quoting, as its media type has it: a quote that opens a text would swallow rows.
+    Raises DataError where the first row has more cells than the header.
     """
     pandas = importlib.import_module("pandas")
     options = {"sep": "\t", "quoting": 3} if ending == ".tsv" else {"sep": ","}
-    header = list(pandas.read_csv(path, nrows=0, **options).columns)
+    first = pandas.read_csv(path, nrows=1, dtype=str, **options)
+    header = list(first.columns)
+    if not isinstance(first.index, pandas.RangeIndex):  # pandas moves every name to the right
+        remedy = "remove the tabs in its texts" if ending == ".tsv" else "put texts that hold a comma in double quotes"
+        cells = first.index.nlevels + len(header)
+        raise DataError(f"Row 1 of {path} has {cells} cells, but its header names {len(header)} columns; {remedy}.")
     features = datasets.Features({name: datasets.Value("string") for name in header})
     return {"features": features, "keep_default_na": False, **options}
 
@@ -216,6 +222,8 @@ def _readable(path: Path) -> Iterator[None]:
             raise StorageError(
                 f"No space is left in {tempfile.gettempdir()} to read {path}; free some, or set TMPDIR elsewhere."
             ) from error
+        if isinstance(cause, UnicodeDecodeError):
+            raise DataError(f"{path} is not encoded as UTF-8; save it as UTF-8.") from error
         if "corresponds to no data" in str(cause):
             raise DataError(f"{path} has no rows; give a file with rows of text and labels.") from error
         raise DataError(

@@ -3,7 +3,6 @@
 Several processes (``torchrun``, ``accelerate launch``) run this same code; see pst/distributed.py.
 """
 
-import hashlib
 import math
 import random
 import time
@@ -27,7 +26,9 @@ from pst.distributed import Processes, processes
 from pst.errors import ModelError, RunError
 from pst.files import remove, storage_errors
 from pst.graphs import RecordedSteps, padded_length
+from pst.loading import fingerprint_of
 from pst.objective import Objective
+from pst.patterns import parse_pattern
 from pst.pending import Delayed, Pending, moved
 from pst.plan import read_plan
 from pst.progress import note, progress, silence
@@ -44,6 +45,7 @@ from pst.schedule import CubicSchedule
 from pst.signals import stop_signals
 from pst.sparsify import MaskCheck, merge_, set_sparsity_, sparsify_
 from pst.structured.calibration import UnitCalibration
+from pst.structured.choose import require_reachable
 from pst.teacher import load_teacher
 
 LOG_EVERY = 10
@@ -85,12 +87,13 @@ def _train(
     config: TrainConfig, output: Path, group: Processes, *, resume: bool, overwrite: bool, given: dict[str, Any]
 ) -> TrainResult:
     # What is there already
-    report = None
-    if group.first:
-        report = finished_report(config, output) if resume else None
-        if report is None:
-            refuse_other_run(output, resume=resume, overwrite=overwrite)
-    report = group.gather(report)[0]
+    def already() -> dict[str, Any] | None:
+        found = finished_report(config, output) if resume else None
+        if found is None:
+            refuse_other_run(config, output, resume=resume, overwrite=overwrite)
+        return found
+
+    report = group.first_does(already)
     if report is not None:
         note(f"{output} is finished already.")
         return _result(output, report)
@@ -107,13 +110,15 @@ def _train(
     # The data, the model, the masks
     prepared = tasks.prepare(config, **given)
     model, rows = prepared.model, prepared.train
-    fingerprint = _fingerprint(model)
+    fingerprint = fingerprint_of(model, config.model)
     teacher = load_teacher(config.teacher, model, prepared.tokenizer) if config.teacher else None
     shape = replace(config, **methods.shape_of(config.method, model, config))
     method = methods.make(config.method, config)
     if method is not None:
         plan = read_plan(config.plan) if config.plan else None
-        weights = sparsify_(model, method=method, pattern="unstructured" if plan else shape.parsed_pattern(), plan=plan)
+        pattern = parse_pattern("unstructured") if plan else shape.parsed_pattern()
+        require_reachable(model, pattern, _given(shape.sparsity))
+        weights = sparsify_(model, method=method, pattern=pattern, plan=plan)
         for line in plan.overview({item.name: item.weight.numel() for item in weights}) if plan else ():
             note(line)
     model.to(device)
@@ -156,7 +161,7 @@ def _train(
     identity = {name: value for name, value in asdict(config).items() if name not in NOT_COMPARED}
     identity |= {"max_length": prepared.max_length, **prepared.fingerprints, "starting weights": fingerprint}
     if teacher is not None:
-        identity["teacher's weights"] = _fingerprint(teacher)
+        identity["teacher's weights"] = fingerprint_of(teacher, config.teacher)
     state = checkpoint.load_last(output / "checkpoints") if resume else None
     first_step, spent, training = 0, 0.0, 0.0
     if state is not None:
@@ -176,8 +181,7 @@ def _train(
     elif resume:
         note(f"No checkpoint in {output}; starting from the first step.")
     group.wait()  # nobody reads the folder any more
-    if group.first:
-        prepare_folder(output, config, first_step=first_step, steps=steps)
+    group.first_does(partial(prepare_folder, output, config, first_step=first_step, steps=steps))
 
     looks = Delayed(device)  # at what each step came to, once the next is started: the GPU has work meanwhile
 
@@ -339,15 +343,6 @@ def _given(value: Any) -> Any:
     """A field that ``TrainConfig.filled`` has set."""
     assert value is not None
     return value
-
-
-def _fingerprint(model: nn.Module) -> str:
-    """SHA-256 of all tensors of *model*, as 64 hexadecimal digits."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(np.ascontiguousarray(tensor.cpu().numpy()).data)
-    return digest.hexdigest()
 
 
 def _diverged(step: int, output: Path) -> RunError:

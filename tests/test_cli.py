@@ -154,6 +154,14 @@ def test_settings_override_in_the_order_that_help_states(tiny_bert: Path, review
     assert {key: stored[key] for key in wanted} == wanted
 
 
+def test_epochs_asked_for_win_over_the_steps_of_a_file(tiny_bert: Path, reviews_file: Path, tmp_path: Path) -> None:
+    file, run = tmp_path / "train.yaml", tmp_path / "run"
+    file.write_text(f"model: {tiny_bert}\ndata: {reviews_file}\nsteps: 9\nsparsity: 0.5\n", encoding="utf-8")
+    said = done("train", "--config", file, "--epochs", "0.5", "--output", run)
+    assert "(1 steps," in said  # half of the 57 rows that are not for validation, 32 a step
+    assert "(3 steps," in done("train", "--config", file, "--epochs", "1", "--steps", "3", "--overwrite", "-o", run)
+
+
 def test_every_setting_is_listed() -> None:
     lines = done("train", "--list-options").splitlines()
     assert [line.split(" ")[0] for line in lines] == [row.key for row in describe(TrainConfig)]

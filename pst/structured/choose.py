@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from pst.errors import ModelError
 from pst.masked_weight import FusedMaskedWeight, MaskedWeight, mean_magnitude
 from pst.materialize import scores_together
+from pst.patterns import Pattern
 from pst.patterns.structured import Structured
 from pst.structured.units import Member, Units, find_units, weight_of
 
@@ -73,6 +74,13 @@ def choose_units_(model: nn.Module, pattern: Structured, sparsity: float, *, bud
         part.sparsity.fill_(1 - int(keep.sum()) / len(keep))
 
 
+def require_reachable(model: nn.Module, pattern: Pattern, sparsity: float) -> None:
+    """Raise ModelError where choose_units_ could not remove as much of *model*; other patterns than structured pass."""
+    if isinstance(pattern, Structured):
+        units = find_units(model)
+        keep_units(units, [torch.zeros(one.count) for one in units], sparsity, pattern, budget="local")
+
+
 def _calibrated(units: Sequence[Units]) -> bool:
     """Whether pst/structured/calibration.py has judged the units: then Q of producers is 0."""
     Q = getattr(masked_matrix(units[0].producers[0])[0], "Q", None)
@@ -118,7 +126,8 @@ def keep_units(
         whole = sum(one.count * one.cost(pattern.target) for one in units)
         raise ModelError(
             f"Sparsity {sparsity:g} cannot be reached by removing {_named(pattern)}: at most {gone / whole:.3f} can "
-            "go, because every layer keeps some of each. Give a lower --sparsity, or --set structured_units=both."
+            "go, because every layer keeps some of each. Give a lower --sparsity"
+            + ("." if pattern.kinds == "both" else ", or --set structured_units=both.")
         )
     return kept
 

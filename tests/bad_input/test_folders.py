@@ -32,6 +32,32 @@ def test_folder_without_a_model(refused: Refused, reviews_file: Path, tmp_path: 
     refused("serve", "photos", "--port", "0", says="config.json")
 
 
+def test_model_that_is_a_file_or_a_run(
+    refused: Refused, interrupted: Path, model: Path, reviews_file: Path, tmp_path: Path
+) -> None:
+    refused(*train(reviews_file, reviews_file), says=("reviews.jsonl is a file", "Hugging Face folder"))
+    shutil.copytree(model, tmp_path / "run" / "model")
+    refused(*train(Path("run"), reviews_file), says="run is the folder of a run; the model is run/model")
+
+
+def test_model_with_a_weight_that_is_no_number(
+    refused: Refused, tiny_bert: Path, reviews_file: Path, tmp_path: Path
+) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    shutil.copytree(tiny_bert, tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    tensors["bert.encoder.layer.1.output.dense.weight"][3, 2] = float("nan")
+    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    says = ("bert.encoder.layer.1.output.dense.weight of model holds NaN", "another model")
+    refused(*train(Path("model"), reviews_file), says=says)
+    refused(*train(tiny_bert, reviews_file, "--teacher", "model"), says=says)
+
+
+def test_resume_where_there_is_no_run(refused: Refused) -> None:
+    refused("train", "--resume", "--output", "nowhere", says="nowhere holds no run to go on with")
+
+
 def test_run_that_is_not_finished(refused: Refused, interrupted: Path, reviews_file: Path) -> None:
     refused("export", "run", "--output", "new", says=("without a finished model", "--resume"))
 
@@ -75,6 +101,15 @@ def test_output_that_holds_a_run(refused: Refused, tiny_bert: Path, reviews_file
     after = snapshot(tmp_path / "run")
     assert after.keys() == before.keys()
     assert after["model/model.safetensors"] != before["model/model.safetensors"]
+
+
+@pytest.mark.parametrize("option", ["--model", "--teacher"])
+def test_output_that_holds_what_the_run_begins_from(
+    refused: Refused, tiny_bert: Path, reviews_file: Path, option: str
+) -> None:
+    done("train", "--model", tiny_bert, "--data", reviews_file, *TRAIN, "--method", "dense", "--output", "new")
+    says = (f"{option[2:]} new/model lies in new", "choose another --output")
+    refused(*train(tiny_bert, reviews_file, option, "new/model", "--overwrite"), says=says)
 
 
 def test_output_that_holds_an_interrupted_run(

@@ -12,6 +12,12 @@ def test_max_length_beyond_the_model(refused: Refused, tiny_bert: Path, reviews_
     refused(*train(tiny_bert, reviews_file, "--set", "max_length=65"), says=("max_length is 65", "at most 64"))
 
 
+@pytest.mark.parametrize("length", ["-5", "0", "2"])
+def test_length_without_room_for_a_word(refused: Refused, tiny_bert: Path, reviews_file: Path, length: str) -> None:
+    arguments = ("prune", tiny_bert, "--sparsity", "0.5", "--data", reviews_file, "--max-length", length)
+    refused(*arguments, "--output", "new", says=(f"max_length is {length}", "at least 3"))
+
+
 @pytest.mark.parametrize("sparsity", ["1", "1.5", "-0.1", "nan"])
 def test_sparsity_outside_its_range(refused: Refused, tiny_bert: Path, reviews_file: Path, sparsity: str) -> None:
     says = "not a number" if sparsity == "nan" else "outside [0, 1)"
@@ -20,6 +26,11 @@ def test_sparsity_outside_its_range(refused: Refused, tiny_bert: Path, reviews_f
 
 def test_sparsity_that_the_pattern_contradicts(refused: Refused, tiny_bert: Path, reviews_file: Path) -> None:
     refused(*train(tiny_bert, reviews_file, "--pattern", "1:4"), says=("1:4 has sparsity 0.75", "leave --sparsity out"))
+
+
+def test_more_than_can_be_removed(refused: Refused, tiny_bert: Path, reviews_file: Path) -> None:
+    arguments = train(tiny_bert, reviews_file, "--pattern", "structured", "--sparsity", "0.99")
+    refused(*arguments, says=("Sparsity 0.99 cannot be reached", "at most 0.", "Give a lower --sparsity."))
 
 
 def test_unknown_pattern(refused: Refused, tiny_bert: Path, reviews_file: Path) -> None:

@@ -254,6 +254,8 @@ def test_what_cannot_be(tiny_bert: Path, tmp_path: Path) -> None:
         PSTCallback(model, pattern="2:4", sparsity=0.7)
     with pytest.raises(ConfigError, match="together at most 1"):
         PSTCallback(model, sparsity=0.5, sparsity_warmup=0.8)
+    with pytest.raises(ModelError, match=r"Sparsity 0\.99 cannot be reached"):
+        PSTCallback(model, pattern="structured", sparsity=0.99)
     with pytest.raises(PatternError, match="Unknown pattern"):
         PSTCallback(model, pattern="checkers", sparsity=0.5)
     with pytest.raises(ConfigError, match="mask_every is 0"):

@@ -188,6 +188,7 @@ def test_rates_are_finite_and_not_negative(name: str) -> None:
         ("sparsity", [0.0, 0.999], [-0.1, 1.0, float("nan")]),
         ("lr_warmup", [0.0, 1.0], [-0.1, 1.1, float("nan")]),
         ("beta", [-1.0, 0.0, 2.0], [float("inf"), float("nan")]),
+        ("seed", [2**32 - 1], [2**32, 10**20]),
         ("validation_fraction", [0.01, 0.99], [0.0, 1.0, -1.0, float("nan")]),
         ("device", ["auto", "cpu", "cuda", "cuda:1"], ["gpu", "", "CPU", "mps"]),
     ],

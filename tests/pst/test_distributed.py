@@ -166,3 +166,11 @@ def test_an_error_in_one_process_ends_both(tiny_bert: Path, reviews_file: Path, 
     said = launched("-m", "cli", "train", *flags(tiny_bert, reviews_file), "-o", str(tmp_path / "full"), code=2)
     assert "already holds a result, which is kept" in said
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["precious"]
+    assert "[rank" not in said  # whose traceback would say no more than that the first one is gone
+
+
+def test_a_folder_that_cannot_be_made_ends_both(tiny_bert: Path, reviews_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    said = launched("-m", "cli", "train", *flags(tiny_bert, reviews_file), "-o", str(tmp_path / "file/run"), code=2)
+    assert "a part of that path is a file" in said
+    assert "[rank" not in said

@@ -140,6 +140,8 @@ def test_bad_patterns_and_sparsities_name_the_entry() -> None:
 def test_a_file_or_its_text(tmp_path: Path) -> None:
     (tmp_path / "a=b.toml").write_text(TEXT, encoding="utf-8")
     assert read_plan(str(tmp_path / "a=b.toml")).text == read_plan(TEXT).text
+    (tmp_path / "windows.toml").write_text(TEXT, encoding="utf-8-sig", newline="\r\n")
+    assert read_plan(str(tmp_path / "windows.toml")).text == read_plan(TEXT).text
     with pytest.raises(ConfigError, match="does not exist; give --plan an existing TOML file"):
         read_plan(str(tmp_path / "none.toml"))
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")

@@ -67,6 +67,8 @@ def test_text_files(corpus: Path) -> None:
 
 def test_whole(corpus: Path) -> None:
     assert load_whole(options(corpus, corpus / "train.txt")).texts == TEXTS
+    (corpus / "windows.txt").write_text("\n\n".join(TEXTS), encoding="utf-8-sig", newline="\r\n")
+    assert load_whole(options(corpus, corpus / "windows.txt")).texts == TEXTS
     assert load_whole(options(corpus, corpus / "train.txt", limit=3)).texts == [TEXTS[i] for i in (0, 4, 8)]
     assert load_whole(options(corpus, corpus)).texts == TEXTS[:4]
 
