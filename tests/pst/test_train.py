@@ -336,15 +336,15 @@ def test_divergence_at_the_last_step_gives_no_result(
     assert not (tmp_path / "out" / "model").exists()
 
 
-def test_a_poisoned_weight_stops_at_the_first_step(tiny_bert: Path, reviews_file: Path, tmp_path: Path) -> None:
+def test_a_loss_that_overflows_stops_at_the_first_step(tiny_bert: Path, reviews_file: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     model = AutoModelForSequenceClassification.from_pretrained(tiny_bert)
-    model.classifier.weight.data[0, 0] = math.nan
-    model.save_pretrained(tmp_path / "poisoned")
-    AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(tmp_path / "poisoned")
+    model.classifier.weight.data.fill_(3e38)
+    model.save_pretrained(tmp_path / "large")
+    AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(tmp_path / "large")
     with pytest.raises(RunError, match=r"at step 0\. Start again with a lower lr, lr_update or lr_scores\.$"):
-        train(options(tmp_path / "poisoned", reviews_file), tmp_path / "out")
+        train(options(tmp_path / "large", reviews_file), tmp_path / "out")
     assert checkpoint_steps(tmp_path / "out") == []
 
 
