@@ -34,6 +34,11 @@ def cpu_model() -> str:
     return _field("/proc/cpuinfo", "model name", "Hardware", "Model") or platform.processor() or platform.machine()
 
 
+def cpu_flags() -> list[str]:
+    """Names of what the CPU can do, as the system lists them; empty where it does not."""
+    return (_field("/proc/cpuinfo", "flags", "Features") or "").split()
+
+
 def memory_gib() -> float | None:
     """Main memory in GiB; None where the system does not tell."""
     value = _field("/proc/meminfo", "MemTotal")
@@ -53,12 +58,11 @@ def versions() -> dict[str, str]:
 
 def environment(*, command: str, threads: int) -> dict[str, Any]:
     """Everything above as JSON values, with the time in UTC and the load before the measurement."""
-    flags = (_field("/proc/cpuinfo", "flags", "Features") or "").split()
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,
         "cpu": cpu_model(),
-        "cpu_features": [flag for flag in flags if flag.startswith(("avx", "amx", "fma", "asimd", "sve"))],
+        "cpu_features": [flag for flag in cpu_flags() if flag.startswith(("avx", "amx", "fma", "asimd", "sve"))],
         "cpus_usable": available_cpus(),
         "cpus_total": os.cpu_count(),
         "load_average_1min": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,

@@ -1,7 +1,7 @@
 """sparse_cpu/sparse_linear.c as a library for this processor: compiled once, where it is first needed, and kept.
 
-It lies in ``$XDG_CACHE_HOME/sparse-pst``, under a digest of its source, the compiler's version and the processor, since
-it may hold instructions that others do not have.
+It lies in ``$XDG_CACHE_HOME/sparse-pst``, under a digest of its source, the compiler's version and what the processor
+can do, since it may hold instructions that others do not have: a home folder may be several machines'.
 """
 
 import functools
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pst.errors import EngineError
 from pst.files import atomic_file, cache_folder
-from serve.bench.environment import cpu_model
+from serve.bench.environment import cpu_flags, cpu_model
 
 SOURCE = Path(__file__).parent / "sparse_cpu" / "sparse_linear.c"
 COMPILERS = ("cc", "gcc", "clang")
@@ -31,7 +31,8 @@ def sparse_library() -> Path:
     compiler = _compiler()
     version = _run([*compiler, "--version"]).stdout
     source = SOURCE.read_text(encoding="utf-8")
-    known = "\n".join([source, *compiler, version, cpu_model(), platform.machine(), *OPTIONS])
+    processor = [cpu_model(), platform.machine(), *sorted(cpu_flags())]
+    known = "\n".join([source, *compiler, version, *processor, *OPTIONS])
     target = cache_folder() / "sparse-cpu" / f"{hashlib.sha256(known.encode()).hexdigest()[:16]}.so"
     if target.is_file():
         return target

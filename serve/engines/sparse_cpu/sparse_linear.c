@@ -268,12 +268,12 @@ static int64_t dimensions(const Api *api, const void *value, int64_t *sizes, siz
 static void compute(void *state, void *context)
 {
     const Kernel *kernel = state;
+    if (kernel == NULL)
+        return;
     const Api *api = kernel->api;
     const void *values[5] = {0};
     void *data[5] = {0}, *output = NULL, *y = NULL;
     int64_t sizes[8] = {0}, starts = 0;
-    if (kernel == NULL)
-        return;
     for (size_t i = 0; i < 5; i++) {
         CALL(api, INPUT, context, i, &values[i]);
         CALL(api, DATA, values[i], &data[i]);
