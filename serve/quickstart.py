@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pst.errors import EngineError, PSTError, RunError
+from pst.errors import PSTError, RunError
 from pst.files import read_json
 from pst.progress import note
-from serve.engines._sparse_library import sparse_library
 from serve.http.client import ask
 from serve.http.process import running_server
 from serve.sample import model_folder, write_reviews
@@ -61,13 +60,13 @@ def quickstart(output: Path, *, fresh: bool, sparsity: float, steps: int) -> str
     artifacts = [output / "artifacts" / name for name in ("dense", "sparse")]
     for artifact in artifacts:
         _pst("export", str(output / artifact.name), "--output", str(artifact), "--overwrite")
-    report, engine = output / "report", _engine()
+    report = output / "report"
     _pst(
-        "bench", *map(str, artifacts), "--engine", engine, "--shapes", SHAPES, "--data", str(data), "--budget", "40",
+        "bench", *map(str, artifacts), "--shapes", SHAPES, "--data", str(data), "--budget", "40",
         "--output", str(report), "--overwrite",
     )  # fmt: skip
-    note(f"\n$ pst serve {artifacts[1]} --engine {engine}")
-    with running_server(artifacts[1], engine=engine) as url:
+    note(f"\n$ pst serve {artifacts[1]}")
+    with running_server(artifacts[1]) as url:
         body = shlex.quote(json.dumps({"text": QUESTION}))
         note(f"$ curl {url}/v1/classify -H 'Content-Type: application/json' -d {body}")
         answer = ask(url, QUESTION)["predictions"][0]
@@ -78,16 +77,6 @@ def quickstart(output: Path, *, fresh: bool, sparsity: float, steps: int) -> str
             f"All of this took {time.monotonic() - start:.0f} s.",
         ]
     )
-
-
-def _engine() -> str:
-    """The one that skips zeros, where its kernels can be compiled."""
-    try:
-        sparse_library()
-    except EngineError as error:
-        note(f"\n{error}")
-        return "onnxruntime"
-    return "onnxruntime-sparse"
 
 
 def _pst(*arguments: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from export.manifest import WeightInfo
+from export.manifest import FILE_NAME, WeightInfo, load
 from pst.errors import ArtifactError, EngineError
 from serve.engines import Array, LayerTime, Verdict
 from serve.engines._graph_view import DiffersError, GraphView, drop_unused
@@ -49,10 +49,10 @@ class SparseGraph:
 
     def explain(self, weight: WeightInfo, *, pattern: str, place: LayerTime | None) -> Verdict:
         """See Profiler."""
-        if weight.name in self.held:
+        if weight.initializer in self.held:
             return Verdict(eligible=True, chosen=True, why=CHOSEN.format(share=weight.density))
-        if weight.name in self.too_dense:
-            why = TOO_DENSE.format(share=self.too_dense[weight.name], most=DENSEST)
+        if weight.initializer in self.too_dense:
+            why = TOO_DENSE.format(share=self.too_dense[weight.initializer], most=DENSEST)
             return Verdict(eligible=False, chosen=False, why=why, advice=SPARSER)
         return Verdict(eligible=False, chosen=False, why=OTHER_FORM, advice=OTHER_ADVICE)
 
@@ -123,6 +123,14 @@ def sparse_graph(model: Path | bytes, *, threads: int) -> SparseGraph:
         raise EngineError("The model is too large for sparse kernels, which take up to 1.9 GB; choose onnxruntime.")
     found.content = loaded.SerializeToString()
     return found
+
+
+def may_skip_zeros(folder: Path) -> bool:
+    """Whether export.json in *folder* tells of a float32 model with a weight that is sparse enough."""
+    if not (folder / FILE_NAME).is_file():
+        return False
+    made = load(folder, verify=False)
+    return made.precision == "fp32" and any(weight.density <= DENSEST for weight in made.weights)
 
 
 def register(options: Any, runtime: Any) -> None:

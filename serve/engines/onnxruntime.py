@@ -2,7 +2,8 @@
 
 Variants: ``onnxruntime`` and ``onnxruntime-cpu`` use the CPU, and so does ``onnxruntime-sparse``, with kernels of our
 own that skip zeros (_onnxruntime_sparse.py). ``onnxruntime-cuda`` uses the GPU or nothing, and ``auto`` the GPU where
-the installed package has the provider and it starts. ``onnxruntime-cuda-tf32`` lets float32 products round as tensor
+the installed package has the provider and it starts, else the CPU, with those kernels where an artifact has zeros
+enough. ``onnxruntime-cuda-tf32`` lets float32 products round as tensor
 cores do, and ``onnxruntime-tensorrt`` gives TensorRT what it can run of the graph.
 
 On CUDA attention is one operator, buffers stay on the device and repeated shapes are CUDA graphs, see
@@ -27,6 +28,7 @@ from serve.engines import ANY_SHAPE, Array, Cache, Profiler, Shapes, TensorSpec,
 from serve.engines._onnxruntime_cache import OrtCache
 from serve.engines._onnxruntime_cuda import FusedSessions
 from serve.engines._onnxruntime_providers import (
+    CPU,
     CUDA,
     TENSORRT,
     Providers,
@@ -35,7 +37,8 @@ from serve.engines._onnxruntime_providers import (
     session_options,
     with_graphs,
 )
-from serve.engines._onnxruntime_sparse import SparseGraph, SparseProfiler, register, sparse_graph
+from serve.engines._onnxruntime_sparse import SparseGraph, SparseProfiler, may_skip_zeros, register, sparse_graph
+from serve.engines._sparse_library import sparse_library
 
 DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")
 MISSING = (
@@ -88,7 +91,11 @@ class OnnxRuntimeEngine(Closing):
         start = time.perf_counter()
         self._runtime, self._file, self._asked = runtime, file, providers
         self.threads = threads
-        self._sparse = self._sparse_graph() if variant == "sparse" else None
+        self._sparse: SparseGraph | None = None
+        if variant == "sparse":
+            self._sparse = self._sparse_graph()
+        elif variant == "auto" and providers == [CPU]:
+            self._sparse = self._sparse_graph_if_it_pays()
         self._session: Any = self._open((self._sparse and self._sparse.content) or str(file), False)
         used = self._session.get_providers()[0]
         _check_used(used, variant)
@@ -123,6 +130,17 @@ class OnnxRuntimeEngine(Closing):
         count = len(found.held) + len(found.too_dense)
         note(f"{len(found.held)} of {count} products with weights of {self._file} skip zeros.")
         return found
+
+    def _sparse_graph_if_it_pays(self) -> SparseGraph | None:
+        """Where export.json tells of weights that are sparse enough, and the kernels can be had; else why not."""
+        if not may_skip_zeros(self._file.parent):
+            return None
+        try:
+            sparse_library()
+            return self._sparse_graph()
+        except EngineError as error:
+            note(f"Zeros are multiplied like any other number. {error}")
+            return None
 
     @property
     def sparse_weights(self) -> frozenset[str]:

@@ -31,6 +31,10 @@ pytestmark = pytest.mark.skipif(
     not any(shutil.which(name) for name in COMPILERS), reason="needs a C compiler: apt-get install gcc libc6-dev"
 )
 
+on_cpu = pytest.mark.skipif(
+    "CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="auto takes the GPU here"
+)
+
 
 def _pointer(array: "np.ndarray[Any, Any]") -> ctypes.c_void_p:
     return array.ctypes.data_as(ctypes.c_void_p)
@@ -187,7 +191,7 @@ def test_the_engine_answers_as_the_plain_one(mostly_zeros: Path, capsys: pytest.
     ):
         assert isinstance(ours, OnnxRuntimeEngine)
         assert ours.name == "onnxruntime-cpu-sparse"
-        listed = {each.name for each in manifest.load(mostly_zeros).weights}
+        listed = {each.initializer for each in manifest.load(mostly_zeros).weights}
         assert ours.sparse_weights == listed
         assert len(listed) == 12
         assert "12 of 13 products with weights of " in capsys.readouterr().err
@@ -195,6 +199,17 @@ def test_the_engine_answers_as_the_plain_one(mostly_zeros: Path, capsys: pytest.
             feeds = _feeds(plain, batch, tokens)
             expected = plain.infer(feeds)["logits"]
             np.testing.assert_allclose(ours.infer(feeds)["logits"], expected, atol=1e-5)
+
+
+@on_cpu
+def test_auto_skips_zeros_where_there_are_enough(
+    mostly_zeros: Path, sparse_artifact: Path, bert_artifact: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder, name in ((mostly_zeros, "cpu-sparse"), (sparse_artifact, "cpu"), (bert_artifact, "cpu")):
+        capsys.readouterr()
+        with open_engine(folder, engine="auto", threads=1) as engine:
+            assert engine.name == f"onnxruntime-{name}"
+        assert ("skip zeros" in capsys.readouterr().err) == (name == "cpu-sparse")
 
 
 def test_a_dense_artifact_runs_as_it_is(bert_artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -286,6 +301,17 @@ def test_a_compiler_that_fails(
     monkeypatch.setenv("CC", compiler)
     with pytest.raises(EngineError, match=words):
         open_engine(mostly_zeros, engine="onnxruntime-sparse")
+
+
+@on_cpu
+def test_auto_without_a_compiler(
+    nothing_compiled: Path, monkeypatch: pytest.MonkeyPatch, mostly_zeros: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with open_engine(mostly_zeros, engine="auto", threads=1) as engine:
+        assert engine.name == "onnxruntime-cpu"
+        assert not getattr(engine, "sparse_weights")  # noqa: B009 - of this engine alone
+    assert "Zeros are multiplied like any other number. The sparse kernels are compiled" in capsys.readouterr().err
 
 
 def test_no_compiler(nothing_compiled: Path, monkeypatch: pytest.MonkeyPatch, mostly_zeros: Path) -> None:
