@@ -119,7 +119,7 @@ def sparse_graph(model: Path | bytes, *, threads: int) -> SparseGraph:
         return found
     drop_unused(loaded.graph)
     loaded.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
-    if loaded.ByteSize() > LARGEST:
+    if sum(tensor.ByteSize() for tensor in loaded.graph.initializer) > LARGEST:  # of all, protobuf cannot tell
         raise EngineError("The model is too large for sparse kernels, which take up to 1.9 GB; choose onnxruntime.")
     found.content = loaded.SerializeToString()
     return found

@@ -97,6 +97,8 @@ class OnnxRuntimeEngine(Closing):
         elif variant == "auto" and providers == [CPU]:
             self._sparse = self._sparse_graph_if_it_pays()
         self._session: Any = self._open((self._sparse and self._sparse.content) or str(file), False)
+        if self._sparse:
+            self._sparse.content = b""  # which the session has taken up
         used = self._session.get_providers()[0]
         _check_used(used, variant)
         self.inputs: Mapping[str, TensorSpec] = _specs(self._session.get_inputs())
@@ -180,9 +182,8 @@ class OnnxRuntimeEngine(Closing):
 
             return CudaProfiler(self._file, self._fused.graph_file, providers=self._asked, threads=self.threads)
         if self._sparse:
-            return SparseProfiler(
-                self._runtime, self._file, self._sparse, options=self._options(), providers=self._asked
-            )
+            graph = sparse_graph(self._file, threads=self.threads)
+            return SparseProfiler(self._runtime, self._file, graph, options=self._options(), providers=self._asked)
         if self.name.endswith("tensorrt"):
             raise EngineError("ONNX Runtime does not tell what its TensorRT provider runs; choose the engine tensorrt.")
         from serve.engines._onnxruntime_profile import OnnxRuntimeProfiler
