@@ -61,8 +61,12 @@ def test_the_wheel_holds_exactly_the_four_names(wheel: zipfile.ZipFile) -> None:
 
 def test_the_wheel_holds_every_source_file(wheel: zipfile.ZipFile) -> None:
     sources = {
-        str(path.relative_to(ROOT)) for folder in ("pst", "export", "serve") for path in (ROOT / folder).rglob("*.py")
+        str(path.relative_to(ROOT))
+        for folder in ("pst", "export", "serve")
+        for kind in ("*.py", "*.c")
+        for path in (ROOT / folder).rglob(kind)
     }
+    assert "serve/engines/sparse_cpu/sparse_linear.c" in sources
     assert sources <= set(wheel.namelist())
 
 
