@@ -271,7 +271,8 @@ def server(artifact: Path) -> Iterator[str]:
     )
     assert process.stderr is not None
     try:
-        match = re.search(r"Serving \S+ at (http://\S+)", process.stderr.readline())
+        found = (re.search(r"Serving \S+ at (http://\S+)", line) for line in process.stderr)
+        match = next((match for match in found if match is not None), None)
         assert match is not None
         yield match[1]
         process.send_signal(signal.SIGINT)

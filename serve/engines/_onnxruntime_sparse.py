@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from export.manifest import FILE_NAME, WeightInfo, load
+from export.manifest import WeightInfo, load
 from pst.errors import ArtifactError, EngineError
 from serve.engines import Array, LayerTime, Verdict
 from serve.engines._graph_view import DiffersError, GraphView, drop_unused
@@ -127,9 +127,10 @@ def sparse_graph(model: Path | bytes, *, threads: int) -> SparseGraph:
 
 def may_skip_zeros(folder: Path) -> bool:
     """Whether export.json in *folder* tells of a float32 model with a weight that is sparse enough."""
-    if not (folder / FILE_NAME).is_file():
+    try:
+        made = load(folder, verify=False)
+    except ArtifactError:  # there is none, or something is missing, which whoever opens the model says
         return False
-    made = load(folder, verify=False)
     return made.precision == "fp32" and any(weight.density <= DENSEST for weight in made.weights)
 
 
