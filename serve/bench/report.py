@@ -25,6 +25,7 @@ from serve.bench.report_tables import (
 )
 from serve.bench.stopping import Stopped
 from serve.bench.timing import EQUAL_WITHIN, Latency, Speedup
+from serve.engines._sparse_library import ENOUGH
 from serve.layers import LayerTimes, describe_choices
 
 SCHEMA_VERSION = 2
@@ -64,8 +65,6 @@ ZEROS = (
     "ONNX Runtime's {device} kernels multiply zeros like any other number, so zeros in place save no time; "
     "they pay on a runtime with kernels for their pattern"
 )
-
-SKIPPING = "--engine onnxruntime-sparse are from 65% zeros on"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,7 +277,7 @@ def verdict(subject: Subject, measurements: list[Measurement], *, baseline: str)
     multiplied = subject.engine.startswith("onnxruntime") and not subject.engine.endswith("-sparse")
     if set(by_finding) - {"faster"} and subject.is_sparse and multiplied:
         text += f": {ZEROS.format(device='CUDA' if subject.engine.endswith('cuda') else 'CPU')}"
-        text += f", as those of {SKIPPING}" if subject.engine.endswith("cpu") else ""
+        text += f", as those of --engine onnxruntime-sparse are {ENOUGH}" if subject.engine.endswith("cpu") else ""
     text += "."
     if "undecided" in by_finding:
         text += (

@@ -5,6 +5,9 @@ from typing import Any
 
 from serve.engines import Array
 
+LARGEST = 1_900_000_000
+"""Bytes of a model that is rewritten: a session takes one from memory up to protobuf's 2 GB."""
+
 
 class DiffersError(Exception):
     """A group of nodes is not what is looked for."""

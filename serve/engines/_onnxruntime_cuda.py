@@ -20,14 +20,13 @@ import numpy as np
 from pst.progress import note
 from serve.describe import vocab_size
 from serve.engines import LOGITS, Array, TensorSpec, cache_inputs
+from serve.engines._graph_view import LARGEST
 from serve.engines._onnxruntime_device import DeviceSession
 from serve.engines._onnxruntime_fusion import fuse_attention, merged_weights
 from serve.engines._onnxruntime_providers import first_line
 
 MASK = "attention_mask"
 _INPUTS = ("input_ids", MASK, "position_ids", "token_type_ids")
-LARGEST = 1_900_000_000
-"""Bytes of a model that is rewritten: a session takes one from memory up to protobuf's 2 GB."""
 AGREES = 0.05
 """Largest difference of a fused graph's output, as a share of the output's largest number: fp16 rounds to a hundredth
 of that, and a mask or a factor gone wrong makes more."""

@@ -17,12 +17,13 @@ from export.manifest import WeightInfo
 from pst.errors import EngineError
 from serve.engines import Array, LayerTime, Verdict
 from serve.engines._onnx_nodes import Node, computing_nodes, read_nodes
+from serve.engines._sparse_library import ENOUGH
 
 MULTIPLIED = "ONNX Runtime has no sparse kernel for {operator}: it multiplies zeros like any other number"
 UNSEEN = "the runtime's optimizer merged it into another tensor, so that its time cannot be told apart"
 ADVICE = {
     "2:4": "a GPU's 2:4 kernels (TensorRT with a 1x1 convolution, cuSPARSELt), at sizes where they pay",
-    None: "on a processor --engine onnxruntime-sparse, from 65% zeros on; or remove whole heads and neurons "
+    None: f"on a processor --engine onnxruntime-sparse, {ENOUGH}; or remove whole heads and neurons "
     "(--pattern structured), which is faster on every runtime",
 }
 """What to change, by pattern; None is for every other one."""

@@ -5,8 +5,6 @@ Every MatMul or Gemm of float32 with a constant weight, of which at most DENSEST
 """
 
 import importlib
-import tempfile
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,16 +14,12 @@ import numpy as np
 from export.manifest import WeightInfo, load
 from pst.errors import ArtifactError, EngineError
 from serve.engines import Array, LayerTime, Verdict
-from serve.engines._graph_view import DiffersError, GraphView, drop_unused
+from serve.engines._graph_view import LARGEST, DiffersError, GraphView, drop_unused
 from serve.engines._onnxruntime_profile import OnnxRuntimeProfiler
-from serve.engines._sparse_library import sparse_library
+from serve.engines._sparse_library import DENSEST, sparse_library
 
-DENSEST = 0.35
-"""Share of a weight that is not zero, up to which skipping the zeros is faster on the processors that were tried."""
 SMALLEST = 2**10
 """Entries of a weight from which on it is worth the trouble."""
-LARGEST = 1_900_000_000
-"""Bytes of a rewritten model: a session takes one from memory up to protobuf's 2 GB."""
 DOMAIN, OPERATOR = "pst", "SparseLinear"
 OLDEST = (1, 18)
 """Version of ONNX Runtime that has all functions which the operator calls."""
@@ -58,24 +52,16 @@ class SparseGraph:
 
 
 class SparseProfiler:
-    """See serve.engines.Profiler: ONNX Runtime's own, of the graph with sparse operators."""
+    """See serve.engines.Profiler: ONNX Runtime's own, with what became of the zeros in a graph with such operators."""
 
-    def __init__(self, runtime: Any, file: Path, graph: SparseGraph, *, options: Any, providers: Any) -> None:
-        """*file*: the artifact's; *options* (SessionOptions) with the operator's library."""
-        self._folder, self._graph = tempfile.TemporaryDirectory(), graph
-        model = file
-        if graph.content:
-            model = Path(self._folder.name) / "sparse.onnx"
-            model.write_bytes(graph.content)
-        self._profiler = OnnxRuntimeProfiler(
-            runtime, model, options=options, providers=providers, original=file, merged=graph.held
+    def __init__(
+        self, runtime: Any, model: Path, graph: SparseGraph, *, original: Path, options: Any, providers: Any
+    ) -> None:
+        """*model*: the file of *graph*; *original*: the artifact's; *options* (SessionOptions) with the library."""
+        profiler = OnnxRuntimeProfiler(
+            runtime, model, options=options, providers=providers, original=original, merged=graph.held
         )
-        self.run, self.explain = self._profiler.run, graph.explain
-
-    def finish(self, *, weights: Iterable[str]) -> tuple[LayerTime, ...]:
-        """See Profiler."""
-        with self._folder:
-            return self._profiler.finish(weights=weights)
+        self.run, self.finish, self.explain = profiler.run, profiler.finish, graph.explain
 
 
 @dataclass(frozen=True, kw_only=True)

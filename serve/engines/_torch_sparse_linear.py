@@ -14,7 +14,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from serve.engines._torch_products import TOKENS_MULTIPLE, TOLERANCE
+from pst.errors import EngineError
+from serve.engines._torch_products import TOKENS_MULTIPLE, check_product
 
 Algorithm = tuple[int, int, int]
 """Its number, split_k and the mode of that, as torch._cslt_sparse_mm takes them."""
@@ -57,11 +58,11 @@ def _searched(torch: Any, packed: Any, value: Any, bias: Any) -> Algorithm:
     try:
         number, split_k, mode, *_ = torch._C._cusparselt.mm_search(packed, value, bias, None, None, False)
         chosen = (int(number), int(split_k), int(mode))
-        found = product(torch, packed, value, bias, chosen).float()
-    except (RuntimeError, AttributeError):  # an older PyTorch has no such search
+        found, expected = (product(torch, packed, value, bias, each) for each in (chosen, DEFAULT))
+        check_product(found, expected)
+    except (RuntimeError, AttributeError, EngineError):  # AttributeError: an older PyTorch has no such search
         return DEFAULT
-    expected = product(torch, packed, value, bias, DEFAULT).float()
-    return chosen if float((found - expected).abs().max() / expected.abs().max()) <= TOLERANCE else DEFAULT
+    return chosen
 
 
 def product(torch: Any, packed: Any, value: Any, bias: Any, algorithm: Algorithm) -> Any:

@@ -3,8 +3,8 @@
 Variants: ``onnxruntime`` and ``onnxruntime-cpu`` use the CPU, and so does ``onnxruntime-sparse``, with kernels of our
 own that skip zeros (_onnxruntime_sparse.py). ``onnxruntime-cuda`` uses the GPU or nothing, and ``auto`` the GPU where
 the installed package has the provider and it starts, else the CPU, with those kernels where an artifact has zeros
-enough. ``onnxruntime-cuda-tf32`` lets float32 products round as tensor
-cores do, and ``onnxruntime-tensorrt`` gives TensorRT what it can run of the graph.
+enough. ``onnxruntime-cuda-tf32`` lets float32 products round as tensor cores do, and ``onnxruntime-tensorrt`` gives
+TensorRT what it can run of the graph.
 
 On CUDA attention is one operator, buffers stay on the device and repeated shapes are CUDA graphs, see
 _onnxruntime_cuda.py; where that cannot be, a note says why.
@@ -13,6 +13,7 @@ _onnxruntime_cuda.py; where that cannot be, a note says why.
 import importlib
 import importlib.metadata
 import re
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -92,6 +93,7 @@ class OnnxRuntimeEngine(Closing):
         self._runtime, self._file, self._asked = runtime, file, providers
         self.threads = threads
         self._sparse: SparseGraph | None = None
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
         if variant == "sparse":
             self._sparse = self._sparse_graph()
         elif variant == "auto" and providers == [CPU]:
@@ -144,6 +146,16 @@ class OnnxRuntimeEngine(Closing):
             note(f"Zeros are multiplied like any other number. {error}")
             return None
 
+    def _sparse_file(self, graph: SparseGraph) -> Path:
+        """The file of *graph*, until close. It is made once more, since the bytes of a session are not kept."""
+        if not graph.held:
+            return self._file
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory()
+            made = sparse_graph(self._file, threads=self.threads)
+            (Path(self._folder.name) / "sparse.onnx").write_bytes(made.content)
+        return Path(self._folder.name) / "sparse.onnx"
+
     @property
     def sparse_weights(self) -> frozenset[str]:
         """Names of the weights whose zeros are skipped; none of a variant without ``sparse``."""
@@ -182,8 +194,10 @@ class OnnxRuntimeEngine(Closing):
 
             return CudaProfiler(self._file, self._fused.graph_file, providers=self._asked, threads=self.threads)
         if self._sparse:
-            graph = sparse_graph(self._file, threads=self.threads)
-            return SparseProfiler(self._runtime, self._file, graph, options=self._options(), providers=self._asked)
+            return SparseProfiler(
+                self._runtime, self._sparse_file(self._sparse), self._sparse, original=self._file,
+                options=self._options(), providers=self._asked,
+            )  # fmt: skip
         if self.name.endswith("tensorrt"):
             raise EngineError("ONNX Runtime does not tell what its TensorRT provider runs; choose the engine tensorrt.")
         from serve.engines._onnxruntime_profile import OnnxRuntimeProfiler
@@ -195,6 +209,9 @@ class OnnxRuntimeEngine(Closing):
     def close(self) -> None:
         """Drop the sessions and their memory."""
         self._closed, self._session, self._sparse = True, None, None
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
         if self._fused is not None:
             self._fused.close()
 

@@ -22,8 +22,8 @@ from serve.closing import Closing
 from serve.describe import vocab_size
 from serve.engines import available_cpus, open_engine
 from serve.engines._onnxruntime_providers import session_options
-from serve.engines._onnxruntime_sparse import DENSEST, OPERATOR, register, sparse_graph
-from serve.engines._sparse_library import sparse_library
+from serve.engines._onnxruntime_sparse import OPERATOR, register, sparse_graph
+from serve.engines._sparse_library import DENSEST, sparse_library
 from serve.engines.onnxruntime import load_runtime
 from serve.predict.onnx_product import products_model
 from serve.predict.products import SEED, Call, Product, Weights, timed

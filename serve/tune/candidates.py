@@ -14,7 +14,7 @@ from serve.bench.gpu import gpus
 from serve.bench.runner import describe_subject, manifests_of, unique_names
 from serve.describe import ModelFolder, describe
 from serve.engines import Engine, Shapes, engine_names, open_engine
-from serve.engines._onnxruntime_sparse import DENSEST
+from serve.engines._onnxruntime_sparse import may_skip_zeros
 
 AUTO = {
     ("onnx", True): ("onnxruntime-cuda", "tensorrt", "onnxruntime-cpu"),
@@ -103,7 +103,7 @@ def candidates(paths: Sequence[Path], *, engine: str) -> list[Candidate]:
         made = manifests.get(name)
         mark = fingerprint(folder.path)
         for each in own:
-            if "sparse" in each.split("-") and not _has_use(each, folder):
+            if len(own) > 1 and "sparse" in each.split("-") and not _has_use(each, folder):
                 continue
             form = _form(made, manifests.values())
             found.append(_candidate(name, names[name], folder, made, engine=each, fingerprint=mark, form=form))
@@ -111,10 +111,8 @@ def candidates(paths: Sequence[Path], *, engine: str) -> list[Candidate]:
 
 
 def _has_use(engine: str, folder: ModelFolder) -> bool:
-    """Whether *folder* has zeros that an engine for sparse models may skip; how many, by what the folder says."""
-    if _is_dense(folder) or folder.pattern == "structured":
-        return False
-    return engine != "onnxruntime-sparse" or folder.sparsity is None or folder.sparsity > 1 - DENSEST
+    """Whether *engine*, which is for sparse models, may do more with *folder* than others; torch refuses dense ones."""
+    return may_skip_zeros(folder.path) if engine == "onnxruntime-sparse" else not _is_dense(folder)
 
 
 def fingerprint(path: Path) -> str:
@@ -142,10 +140,9 @@ def open_candidates(
     left_out: list[LeftOut] = []
     for each in found:
         try:
-            engine = stack.enter_context(open_engine(each.path, engine=each.engine, threads=threads, shapes=shapes))
-            if "sparse" in each.engine.split("-") and not getattr(engine, "sparse_weights", True):
-                raise EngineError(f"No weight of {each.artifact} has zeros enough for kernels that skip them.")
-            opened[each.name] = engine
+            opened[each.name] = stack.enter_context(
+                open_engine(each.path, engine=each.engine, threads=threads, shapes=shapes)
+            )
         except EngineError as error:
             if all(str(error) != other.why for other in left_out):
                 note(f"Goes on without {each.name}: {error}")

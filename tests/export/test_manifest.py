@@ -1,14 +1,17 @@
 """export.json: round trip, and every way in which a folder is not what it claims."""
 
+import importlib.metadata
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 
 from export import manifest as manifest_module
 from export.manifest import Manifest
+from export.pipeline import export
 from pst.errors import ArtifactError
 
 from .conftest import Artifact
@@ -87,3 +90,21 @@ def test_missing_or_changed_file(folder: Path, name: str) -> None:
 def test_file_outside_the_folder(folder: Path) -> None:
     edit(folder, files={"../secret": "0"})
     refused(folder, "not a file of an artifact")
+
+
+def test_the_gpu_package_of_onnx_runtime_alone(
+    tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """onnxruntime-gpu brings the module without a package named onnxruntime."""
+    find = importlib.metadata.Distribution.from_name
+
+    def without_onnxruntime(name: str) -> importlib.metadata.Distribution:
+        if name == "onnxruntime":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return find(name)
+
+    monkeypatch.setattr(importlib.metadata.Distribution, "from_name", without_onnxruntime)
+    with pytest.raises(importlib.metadata.PackageNotFoundError):
+        importlib.metadata.version("onnxruntime")
+    manifest = export(tiny_bert, tmp_path / "artifact")
+    assert manifest.versions["onnxruntime"] == onnxruntime.__version__

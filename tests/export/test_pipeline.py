@@ -1,7 +1,6 @@
 """The whole export on tiny models, checked with plain ONNX Runtime and none of this package's code."""
 
 import errno
-import importlib.metadata
 import json
 import logging
 import shutil
@@ -383,21 +382,3 @@ def test_negative_tolerance(tiny_bert: Path, tmp_path: Path) -> None:
         "--atol is nan; it must be a finite number of at least 0",
         atol=float("nan"),
     )
-
-
-def test_the_gpu_package_of_onnx_runtime_alone(
-    tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """onnxruntime-gpu brings the module without a package named onnxruntime."""
-    find = importlib.metadata.Distribution.from_name
-
-    def without_onnxruntime(name: str) -> importlib.metadata.Distribution:
-        if name == "onnxruntime":
-            raise importlib.metadata.PackageNotFoundError(name)
-        return find(name)
-
-    monkeypatch.setattr(importlib.metadata.Distribution, "from_name", without_onnxruntime)
-    with pytest.raises(importlib.metadata.PackageNotFoundError):
-        importlib.metadata.version("onnxruntime")
-    manifest = export(tiny_bert, tmp_path / "artifact")
-    assert manifest.versions["onnxruntime"] == onnxruntime.__version__

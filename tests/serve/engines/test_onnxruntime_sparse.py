@@ -20,8 +20,8 @@ from serve.bench.receipt import receipts
 from serve.bench.workload import random_workload
 from serve.engines import Engine, _sparse_library, open_engine
 from serve.engines import _onnxruntime_sparse as module
-from serve.engines._onnxruntime_sparse import CHOSEN, DENSEST, register, sparse_graph
-from serve.engines._sparse_library import COMPILERS, sparse_library
+from serve.engines._onnxruntime_sparse import CHOSEN, register, sparse_graph
+from serve.engines._sparse_library import COMPILERS, DENSEST, sparse_library
 from serve.engines.onnxruntime import OnnxRuntimeEngine
 from serve.generate import Generator
 

@@ -324,6 +324,8 @@ def test_which_engines_auto_tries(
     assert [each.engine for each in candidates(paths, engine="auto")] == ["onnxruntime-cpu"] * 2 + ["torch-cpu"] * 2
     of_zeros = candidates([bert_artifact, mostly_zeros], engine="auto")
     assert [each.engine for each in of_zeros] == ["onnxruntime-cpu", "onnxruntime-cpu", "onnxruntime-sparse"]
+    for pair, alone in ((paths[:2], "onnxruntime-sparse"), (paths[2:], "torch-cuda-sparse")):  # no other runs the dense
+        assert [each.is_dense for each in candidates(pair, engine=alone)] == [True, False]
     monkeypatch.setattr(candidates_module, "gpus", lambda: ["a GPU"])
     found = candidates(paths, engine="auto")
     for each in found:
