@@ -82,6 +82,8 @@ def measured(
         **more,
     )
     print(result.render(), file=sys.stderr)
+    if result.unmeasured:
+        raise KeyboardInterrupt  # half a report replaces none that is committed
     report: dict[str, Any] = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     for artifact in report["artifacts"]:
         artifact["path"] = artifact["name"]

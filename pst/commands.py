@@ -174,6 +174,11 @@ def compare(
         print(stop, file=sys.stderr)
         raise typer.Exit(130) from None
     show(report.render())
+    if lost := [f"{row.method} {row.pattern} {row.sparsity:.0%}" for row in report.rows if row.value is None]:
+        raise RunError(
+            f"Without a result, since every run failed: {', '.join(lost)}. The report says why; the same command tries "
+            "them again."
+        )
 
 
 @app.command(

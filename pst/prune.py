@@ -132,6 +132,8 @@ def prune(
     refuse_existing(output, overwrite=overwrite, reads=[source, plan, data.data if data else None])
     where = str(resolve_model(Path(source))) if Path(source).exists() else str(source)
     config = load_config(where)
+    if data is not None and getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"{source} has an encoder and a decoder, which need more than text; leave --data out.")
     model, tokenizer = _load(where, config), load_tokenizer(where)
     batches, described = list[dict[str, Tensor]](), None
     if data is not None:

@@ -130,7 +130,7 @@ def _csv_options(path: Path, datasets: Any, ending: str) -> dict[str, Any]:
     """Every cell as the string that stands there: "NA" is a text, and a column of digits may be one as well.
 
     A tab-separated file has no quoting, as its media type has it: a quote that opens a text would swallow rows.
-    Raises DataError where the first row has more cells than the header.
+    Raises DataError where the first row has more cells than the header, or the header names a column twice.
     """
     pandas = importlib.import_module("pandas")
     options = {"sep": "\t", "quoting": 3} if ending == ".tsv" else {"sep": ","}
@@ -140,6 +140,10 @@ def _csv_options(path: Path, datasets: Any, ending: str) -> dict[str, Any]:
         remedy = "remove the tabs in its texts" if ending == ".tsv" else "put texts that hold a comma in double quotes"
         cells = first.index.nlevels + len(header)
         raise DataError(f"Row 1 of {path} has {cells} cells, but its header names {len(header)} columns; {remedy}.")
+    written = pandas.read_csv(path, nrows=1, header=None, dtype=str, keep_default_na=False, **options).iloc[0].tolist()
+    twice = next((name for name in written if name and written.count(name) > 1), None)
+    if twice is not None:  # pandas numbers the second
+        raise DataError(f"The header of {path} names the column {twice!r} twice; rename one of the two.")
     features = datasets.Features({name: datasets.Value("string") for name in header})
     return {"features": features, "keep_default_na": False, **options}
 

@@ -104,6 +104,7 @@ def bench(
     beside. A shape is measured until the interval of every ratio is narrow enough (--precision), or --budget is spent;
     the report says which, and how narrow it is.
     The receipt tells of every layer which kernel ran, for how long, and why it was not a sparse one.
+    Ctrl-C ends the measurement, and the report has the shapes that were measured until then.
     Of language models the prompt and the tokens after it are measured apart.
 
     --tune takes a dense artifact and sparse versions of it, tries each in each engine, and drops early what is clearly
@@ -167,6 +168,8 @@ def bench(
         overwrite=overwrite,
     )
     show(report.render())
+    if report.unmeasured:
+        raise typer.Exit(130)
 
 
 @app.command(

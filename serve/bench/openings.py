@@ -36,6 +36,8 @@ class Opening:
     """Of each workload."""
     stopped: list[Stopped] = field(default_factory=list)
     energy: list[dict[str, Energy | None]] = field(default_factory=list)
+    interrupted: bool = False
+    """Whether Ctrl-C ended it behind the workloads that *timings* has."""
     layers: dict[str, tuple[LayerTimes, ...]] = field(default_factory=dict)
     """By artifact, the layers that its engine timed when it was opened, to choose which run sparse."""
 
@@ -53,28 +55,50 @@ class Opening:
         *,
         budget_s: float,
     ) -> None:
-        """All *workloads* in turn; *gpu* is asked for the energy, where there is one."""
+        """All *workloads* in turn; *gpu* is asked for the energy, where there is one.
+
+        KeyboardInterrupt drops what it hits, and ends the measurement; before the first is measured, it is raised.
+        """
         self.layers = {name: each for name, engine in engines.items() if (each := getattr(engine, "layer_times", ()))}
         for index, workload in enumerate(workloads):
-            calls = {}
-            for name, engine in engines.items():
-                with watch(name):
-                    calls[name] = call_of(engine, workload)
-            rule = StopRule(runs=self.runs, precision=self.precision, budget_s=budget_s / (len(workloads) - index))
-            with progress(f"measure {workload.name}{self.label}", self.runs) as advance:
-                timing = measure_in_turn(
-                    calls,
-                    batch=workload.batch,
-                    warmup=self.warmup,
-                    rule=rule,
-                    on_round=_limited(advance, self.runs),
-                    around_warmup=watch,
-                )
-            self.stopped.append(rule.stopped(timing.samples, seconds=timing.seconds))
-            budget_s = max(0.0, budget_s - timing.seconds)
-            self.timings.append(timing)
-            on_gpu = [] if gpu is None else [name for name, engine in engines.items() if "cpu" not in engine.name]
-            self.energy.append({name: measure_energy(gpu, calls[name]) for name in on_gpu if gpu is not None})
+            try:
+                self._measure(engines, workload, watch, gpu, budget_s=budget_s / (len(workloads) - index))
+            except KeyboardInterrupt:
+                if not index:
+                    raise
+                self.interrupted = True
+                for kept in (self.timings, self.stopped, self.energy):
+                    del kept[index:]
+                return
+            budget_s = max(0.0, budget_s - self.timings[-1].seconds)
+
+    def _measure(
+        self,
+        engines: Mapping[str, Engine],
+        workload: Workload,
+        watch: Callable[[str], contextlib.AbstractContextManager[None]],
+        gpu: Gpu | None,
+        *,
+        budget_s: float,
+    ) -> None:
+        calls = {}
+        for name, engine in engines.items():
+            with watch(name):
+                calls[name] = call_of(engine, workload)
+        rule = StopRule(runs=self.runs, precision=self.precision, budget_s=budget_s)
+        with progress(f"measure {workload.name}{self.label}", self.runs) as advance:
+            timing = measure_in_turn(
+                calls,
+                batch=workload.batch,
+                warmup=self.warmup,
+                rule=rule,
+                on_round=_limited(advance, self.runs),
+                around_warmup=watch,
+            )
+        self.stopped.append(rule.stopped(timing.samples, seconds=timing.seconds))
+        self.timings.append(timing)
+        on_gpu = [] if gpu is None else [name for name, engine in engines.items() if "cpu" not in engine.name]
+        self.energy.append({name: measure_energy(gpu, calls[name]) for name in on_gpu if gpu is not None})
 
 
 def together(

@@ -144,6 +144,8 @@ class Report:
     """The most memory of the host that this process had while any artifact was loaded or warmed up."""
     layers: Mapping[str, Sequence[Sequence[LayerTimes]]] = field(default_factory=dict)
     """By subject whose engine chose which layers run sparse: at each opening, the times of these layers."""
+    unmeasured: tuple[str, ...] = ()
+    """What Ctrl-C left out: workloads, the accuracy, the receipts."""
 
     def of(self, subject: str) -> list[Measurement]:
         """One artifact's measurements, in the workloads' order."""
@@ -168,6 +170,8 @@ class Report:
         said += [describe_choices(name, openings) for name, openings in self.layers.items()]
         if self.process_peak_bytes is not None:
             said.append(f"All artifacts together took {megabytes(self.process_peak_bytes)} MB of host memory at most.")
+        if self.unmeasured:
+            said.append(f"Interrupted before {', '.join(self.unmeasured)}.")
         busy = busy_note(*(self.environment.get(f"gpu_busy_{when}") for when in ("before", "after")))
         return [*said, *([] if busy is None else [busy])]
 
@@ -201,6 +205,7 @@ class Report:
             ],
             "stopped": {workload: why.to_json() for workload, why in self.stopped.items()},
             "process_peak_bytes": self.process_peak_bytes,
+            "unmeasured": list(self.unmeasured),
             "notes": self.notes(),
             "verdicts": self.verdicts(),
             "receipts": [receipt.to_json(inference_ms=self._inference_ms(receipt)) for receipt in self.receipts],

@@ -10,11 +10,12 @@ from export.manifest import FILE_NAME, Manifest
 from pst.data import DataSpec
 from pst.errors import ArtifactError, ConfigError
 from pst.files import atomic_folder, refuse_existing, resolve_model
+from pst.progress import note
 from serve.bench.environment import environment
 from serve.bench.gpu import open_gpu, others_busy
 from serve.bench.memory import Memory, MemoryWatch
 from serve.bench.openings import LEAST_OPENINGS, Opening, together, unwatched
-from serve.bench.receipt import receipts
+from serve.bench.receipt import Receipt, receipts
 from serve.bench.report import Accuracy, Report, Subject
 from serve.bench.stopping import PRECISION
 from serve.bench.workload import (
@@ -61,7 +62,9 @@ def bench(
     *spanned*: TensorRT tunes one plan for the range of *shapes*, in place of each of them.
     *openings*: with LEAST_OPENINGS or more, all artifacts are opened so often, *runs* and *budget_s* are shared by the
     openings, *precision* does not count, and each opening is one round of the ratio's interval.
-    Writes report.json, report.md and report.html to the folder *output*.
+    Writes report.json, report.md and report.html to the folder *output*. Ctrl-C ends the measurement: the report then
+    has what was measured before it, and says what is missing (Report.unmeasured). In the first workload, and where
+    several *openings* are not all made, nothing is kept, and KeyboardInterrupt is raised.
 
     Raises ConfigError, RunError where *output* is in the way, and what describe, open_engine and evaluate raise.
     """
@@ -89,6 +92,7 @@ def bench(
     with contextlib.ExitStack() as stack:
         planned = Shapes(fixed=tuple(shapes), others=data is not None, new_tokens=new_tokens, spanned=spanned)
         taken: list[Opening] = []
+        unmeasured: list[str] = []
         for turn in range(openings):
             stack.close()  # what was opened before
             watch = memory.of if turn == 0 else unwatched
@@ -114,16 +118,30 @@ def bench(
             )
             budget_s = max(0.0, budget_s - one.seconds)
             taken.append(one)
+            if one.interrupted:
+                if openings > 1:
+                    raise KeyboardInterrupt  # of openings that differ in what they measured nothing can be said
+                measured = len(one.timings)
+                workloads, unmeasured = workloads[:measured], [each.name for each in workloads[measured:]]
         measurements, stopped = together(taken, workloads)
-        # After the times, because it leaves its shapes' buffers and CUDA graphs behind.
-        accuracy = (
-            {} if texts is None else {name: _accuracy(path, texts, engines[name]) for name, path in names.items()}
-        )
+        accuracy: dict[str, Accuracy] = {}
+        found: tuple[Receipt, ...] = ()
+        later = [*(["the accuracy"] if texts is not None else []), *(["the receipts"] if receipt else [])]
+        try:
+            if texts is not None and not unmeasured:
+                # After the times, because it leaves its shapes' buffers and CUDA graphs behind.
+                accuracy = {name: _accuracy(path, texts, engines[name]) for name, path in names.items()}
+                later.remove("the accuracy")
+            if receipt and not unmeasured:
+                found = receipts(engines, manifests_of(names), workloads)
+                later.remove("the receipts")
+        except KeyboardInterrupt:
+            note("Interrupted; the times are kept.")
+        unmeasured += later
         subjects = tuple(
             _subject(name, path, folders[name], engines[name], accuracy=accuracy.get(name), memory=memory.found(name))
             for name, path in names.items()
         )
-        found = receipts(engines, manifests_of(names), workloads) if receipt else ()
     machine["gpu_busy_after"] = others_busy(gpu)
     report = Report(
         environment=machine,
@@ -133,6 +151,7 @@ def bench(
         stopped=stopped,
         process_peak_bytes=memory.process_peak,
         layers={name: [one.layers[name] for one in taken] for name in taken[0].layers},
+        unmeasured=tuple(unmeasured),
     )
     with atomic_folder(output, overwrite=overwrite) as folder:
         report.write(folder)

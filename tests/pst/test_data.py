@@ -201,6 +201,7 @@ REFUSED: list[tuple[str, str, str | bytes, dict[str, Any], str]] = [
     ("open quote", "a.csv", 'text,label\n"abc,0\n', {}, "a.csv cannot be read as csv"),
     ("ragged", "a.csv", "text,label\na,0\nb,1,2\n", {}, "Expected 2 fields in line 3, saw 3"),
     ("wide", "a.csv", "text,label\na, b,0\nc, d,1\n", {}, "Row 1 of .* has 3 cells, but its header names 2 .*quotes"),
+    ("two of a name", "a.csv", "text,label,text\na,0,b\nc,1,d\n", {}, "names the column 'text' twice; rename one"),
     ("comma at the end", "a.csv", "text,label\na,0,\nb,1,\n", {}, "Row 1 of .* has 3 cells, but its header names 2"),
     ("wide", "a.tsv", "text\tlabel\na\tb\t0\nc\td\t1\n", {}, "Row 1 of .* has 3 cells.*remove the tabs"),
     ("damaged bz2", "a.csv.bz2", bz2.compress(b"text,label\na,0\nb,1\n")[:30], {}, "a.csv.bz2 cannot be read"),

@@ -14,6 +14,7 @@ from pst.errors import ConfigError, DataError, ModelError, PatternError, RunErro
 from pst.prune import Pruned, prune
 from pst.sparsify import prunable_weights
 from tests.command_line import pst
+from tests.conftest import save_tokenizer
 from tests.pst.oracle import keep_highest, keep_n_of_m
 
 Load = Callable[[Path], nn.Module]
@@ -180,3 +181,16 @@ def test_what_is_in_the_way_and_what_cannot_be_read(tiny_bert: Path, tmp_path: P
     with pytest.raises(RunError, match="--overwrite"):
         prune(tiny_bert, tmp_path / "out", sparsity=0.5)
     assert (tmp_path / "out" / "note").read_text(encoding="utf-8") == "mine"
+
+
+def test_an_encoder_with_a_decoder_is_pruned_without_text_alone(tmp_path: Path, reviews_file: Path) -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    folder, size = tmp_path / "t5", save_tokenizer(tmp_path / "t5", model_max_length=64)
+    T5ForConditionalGeneration(
+        T5Config(vocab_size=size, d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2)
+    ).save_pretrained(folder)
+    with pytest.raises(ModelError, match="has an encoder and a decoder, which need more than text; leave --data out"):
+        prune(folder, tmp_path / "out", sparsity=0.5, data=DataSpec(data=str(reviews_file)))
+    found = prune(folder, tmp_path / "out", sparsity=0.5)
+    assert found.sparsity == pytest.approx(0.5, abs=0.01)

@@ -13,6 +13,7 @@ import pytest
 
 from pst.compare import Report
 from pst.errors import ConfigError, DataError, ModelError, PatternError, RunError
+from tests.command_line import pst
 from tests.pst.compare.grids import run_files, run_grid
 from tests.pst.training import report as run_report
 from tests.pst.training import tensors
@@ -152,6 +153,20 @@ def test_one_seed_and_a_run_that_diverges(tiny_bert: Path, reviews_file: Path, t
     text = (output / "report.md").read_text()
     assert "(n = 1, no spread)" in text
     assert "Failed: magnitude, 2:4 50%, seed 0: Training diverged" in text
+
+
+def test_a_method_without_a_result_is_an_error_beside_the_report(
+    tiny_bert: Path, reviews_file: Path, tmp_path: Path
+) -> None:
+    sets = ("magnitude.lr=1e38", "max_grad_norm=0", "steps=2", "batch_size=4", "max_length=16")
+    outcome = pst(
+        "compare", "--model", tiny_bert, "--data", reviews_file, "--methods", "dense,magnitude", "--patterns", "2:4",
+        "--seeds", "1", "--output", tmp_path / "grid", *(f"--set={each}" for each in sets),
+    )  # fmt: skip
+    assert outcome.code == 2
+    assert "2:4, 50%: every run failed." in outcome.out
+    assert "Without a result, since every run failed: magnitude 2:4 50%." in outcome.err
+    assert (tmp_path / "grid" / "report.md").is_file()
 
 
 def test_nothing_but_failures_is_an_error(tiny_bert: Path, reviews_file: Path, tmp_path: Path) -> None:

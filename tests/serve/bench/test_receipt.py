@@ -26,7 +26,7 @@ WORKLOAD = random_workload((2, 8), vocab_size=20)
 @pytest.fixture(scope="module")
 def found(bert_artifact: Path, sparse_artifact: Path) -> tuple[Receipt, ...]:
     paths = {"dense": bert_artifact, "sparse": sparse_artifact}
-    engines = {name: open_engine(path, threads=1) for name, path in paths.items()}
+    engines = {name: open_engine(path, engine="onnxruntime", threads=1) for name, path in paths.items()}
     made = receipts(engines, {name: manifest.load(path, verify=False) for name, path in paths.items()}, [WORKLOAD])
     for engine in engines.values():
         engine.close()
