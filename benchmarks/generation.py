@@ -18,6 +18,8 @@ from benchmarks import artifacts
 ARTIFACTS: dict[str, dict[str, Any]] = {
     "dense": {},
     "2of4": {"pattern": "2:4"},
+    "unstructured-80": {"pattern": "unstructured", "sparsity": 0.8},
+    "unstructured-90": {"pattern": "unstructured", "sparsity": 0.9},
     "structured": {"pattern": "structured", "sparsity": 0.5},
 }
 

@@ -35,6 +35,7 @@ ARTIFACTS: dict[str, tuple[dict[str, Any], str]] = {
     "2of4-gemm": ({"pattern": "2:4"}, "gemm"),
     "2of4-conv": ({"pattern": "2:4"}, "conv"),
     "dense-conv": ({}, "conv"),
+    "unstructured-50": ({"pattern": "unstructured", "sparsity": 0.5}, "matmul"),
     "unstructured-80": ({"pattern": "unstructured", "sparsity": 0.8}, "matmul"),
     "unstructured-90": ({"pattern": "unstructured", "sparsity": 0.9}, "matmul"),
     "structured-50": ({"pattern": "structured", "sparsity": 0.5}, "matmul"),

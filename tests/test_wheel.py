@@ -63,10 +63,10 @@ def test_the_wheel_holds_every_source_file(wheel: zipfile.ZipFile) -> None:
     sources = {
         str(path.relative_to(ROOT))
         for folder in ("pst", "export", "serve")
-        for kind in ("*.py", "*.c")
+        for kind in ("*.py", "*.[ch]")
         for path in (ROOT / folder).rglob(kind)
     }
-    assert "serve/engines/sparse_cpu/sparse_linear.c" in sources
+    assert {f"serve/engines/sparse_cpu/{name}" for name in ("sparse_linear.c", "tiles.h")} <= sources
     assert sources <= set(wheel.namelist())
 
 

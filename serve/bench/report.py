@@ -25,7 +25,7 @@ from serve.bench.report_tables import (
 )
 from serve.bench.stopping import Stopped
 from serve.bench.timing import EQUAL_WITHIN, Latency, Speedup
-from serve.engines._sparse_library import ENOUGH
+from serve.engines._sparse_layout import ENOUGH
 from serve.layers import LayerTimes, describe_choices
 
 SCHEMA_VERSION = 2

@@ -17,7 +17,7 @@ from export.manifest import WeightInfo
 from pst.errors import EngineError
 from serve.engines import Array, LayerTime, Verdict
 from serve.engines._onnx_nodes import Node, computing_nodes, read_nodes
-from serve.engines._sparse_library import ENOUGH
+from serve.engines._sparse_layout import ENOUGH
 
 MULTIPLIED = "ONNX Runtime has no sparse kernel for {operator}: it multiplies zeros like any other number"
 UNSEEN = "the runtime's optimizer merged it into another tensor, so that its time cannot be told apart"

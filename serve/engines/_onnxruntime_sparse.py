@@ -1,7 +1,8 @@
 """Products with sparse weights as an operator of our own: a graph in which ONNX Runtime's CPU provider skips the zeros.
 
-Every MatMul or Gemm of float32 with a constant weight, of which at most DENSEST is not zero, becomes pst.SparseLinear
-(sparse_cpu/sparse_linear.c), together with the bias that is added to it. Everything else stays ONNX Runtime's.
+Every MatMul or Gemm of float32 with a constant weight that is sparse enough becomes an operator of domain pst
+(sparse_cpu/sparse_linear.c), together with the bias that is added to it: TwoOfFourLinear where the zeros are in 2:4,
+SparseLinear where they are anywhere. Everything else stays ONNX Runtime's.
 """
 
 import importlib
@@ -13,18 +14,21 @@ import numpy as np
 
 from export.manifest import WeightInfo, load
 from pst.errors import ArtifactError, EngineError
-from serve.engines import Array, LayerTime, Verdict
+from serve.engines import PAST, Array, LayerTime, Verdict
 from serve.engines._graph_view import LARGEST, DiffersError, GraphView, drop_unused
 from serve.engines._onnxruntime_profile import OnnxRuntimeProfiler
-from serve.engines._sparse_library import DENSEST, sparse_library
+from serve.engines._sparse_layout import DENSEST_OF_FEW, as_two_of_four, block_of, densest, in_blocks, is_two_of_four
+from serve.engines._sparse_library import sparse_library
 
 SMALLEST = 2**10
 """Entries of a weight from which on it is worth the trouble."""
-DOMAIN, OPERATOR = "pst", "SparseLinear"
+DOMAIN, ANYWHERE, TWO_OF_FOUR = "pst", "SparseLinear", "TwoOfFourLinear"
+OPERATORS = (ANYWHERE, TWO_OF_FOUR)
 OLDEST = (1, 18)
 """Version of ONNX Runtime that has all functions which the operator calls."""
-CHOSEN = "SparseLinear of this package multiplied the {share:.0%} that are not zero, and nothing else"
+CHOSEN = "{kernel} of this package multiplied the {share:.0%} that are not zero, and nothing else"
 TOO_DENSE = "{share:.0%} of it are not zero, and skipping zeros pays up to {most:.0%}"
+TOO_DENSE_OF_FEW = TOO_DENSE + " where a few tokens are read at a time, or in 2:4"
 SPARSER = "a higher --sparsity, unstructured; or remove whole heads and neurons (--pattern structured)"
 OTHER_FORM = "the kernel takes float32 weights of MatMul and Gemm"
 OTHER_ADVICE = "export with --precision fp32 --linear-form matmul"
@@ -38,17 +42,25 @@ class SparseGraph:
     """The model, for a session with the operator's library."""
     held: dict[str, str] = field(default_factory=dict)
     """By the name of each weight that is skipped through: the initializer that holds what is not zero of it."""
+    operators: dict[str, str] = field(default_factory=dict)
+    """By its name, too: the operator."""
     too_dense: dict[str, float] = field(default_factory=dict)
     """Other weights of such products, and the share that is not zero."""
+    few: bool = False
+    """Whether it reads one token or a few at a time: a language model with a cache."""
 
     def explain(self, weight: WeightInfo, *, pattern: str, place: LayerTime | None) -> Verdict:
         """See Profiler."""
         if weight.initializer in self.held:
-            return Verdict(eligible=True, chosen=True, why=CHOSEN.format(share=weight.density))
+            return Verdict(eligible=True, chosen=True, why=self._chosen(weight))
         if weight.initializer in self.too_dense:
-            why = TOO_DENSE.format(share=self.too_dense[weight.initializer], most=DENSEST)
+            share = self.too_dense[weight.initializer]
+            why = (TOO_DENSE_OF_FEW if self.few else TOO_DENSE).format(share=share, most=densest(few=self.few))
             return Verdict(eligible=False, chosen=False, why=why, advice=SPARSER)
         return Verdict(eligible=False, chosen=False, why=OTHER_FORM, advice=OTHER_ADVICE)
+
+    def _chosen(self, weight: WeightInfo) -> str:
+        return CHOSEN.format(kernel=self.operators[weight.initializer], share=weight.density)
 
 
 class SparseProfiler:
@@ -75,11 +87,12 @@ class _Product:
     """The node whose output is the product with its bias."""
 
 
-def sparse_graph(model: Path | bytes, *, threads: int) -> SparseGraph:
+def sparse_graph(model: Path | bytes, *, threads: int, few: bool = False) -> SparseGraph:
     """The *model*, a file or its content, with sparse operators, which use *threads*.
 
-    None of them, and no content, where no product has a weight that is sparse enough. Raises EngineError where the
-    package onnx is missing or the model is too large, ArtifactError for what is no model.
+    *few*: it reads a few tokens at a time, as every model with a cache is taken to do. None of the operators, and no
+    content, where no product has a weight that is sparse enough. Raises EngineError where the package onnx is missing
+    or the model is too large, ArtifactError for what is no model.
     """
     try:
         onnx: Any = importlib.import_module("onnx")
@@ -89,7 +102,7 @@ def sparse_graph(model: Path | bytes, *, threads: int) -> SparseGraph:
         loaded = onnx.load_from_string(model) if isinstance(model, bytes) else onnx.load(str(model))
     except Exception as error:  # protobuf's errors, and the system's for a second file
         raise ArtifactError(f"{model!s:.200} is not a whole ONNX model; export it again.") from error
-    found = SparseGraph()
+    found = SparseGraph(few=few or any(value.name.startswith(PAST) for value in loaded.graph.input))
     graph = GraphView(graph=loaded.graph, onnx=onnx)
     for node in [node for node in loaded.graph.node if node.op_type in ("MatMul", "Gemm")]:
         try:
@@ -97,8 +110,8 @@ def sparse_graph(model: Path | bytes, *, threads: int) -> SparseGraph:
         except DiffersError:
             continue
         name, share = str(node.input[1]), np.count_nonzero(product.weight) / product.weight.size
-        if share <= DENSEST:
-            found.held[name] = _replace(graph, product, threads=threads)
+        if share <= densest(few=found.few) or is_two_of_four(product.weight):
+            found.operators[name], found.held[name] = _replace(graph, product, threads=threads)
         else:
             found.too_dense[name] = share
     if not found.held:
@@ -117,7 +130,9 @@ def may_skip_zeros(folder: Path) -> bool:
         made = load(folder, verify=False)
     except ArtifactError:  # there is none, or something is missing, which whoever opens the model says
         return False
-    return made.precision == "fp32" and any(weight.density <= DENSEST for weight in made.weights)
+    most = densest(few=any(value.name.startswith(PAST) for value in made.inputs))
+    found = ((each.density, each.pattern or made.pattern) for each in made.weights)
+    return made.precision == "fp32" and any(density <= most or pattern == "2:4" for density, pattern in found)
 
 
 def register(options: Any, runtime: Any) -> None:
@@ -160,16 +175,16 @@ def _vector(graph: GraphView, name: str, length: int) -> str:
     return name
 
 
-def _replace(graph: GraphView, product: _Product, *, threads: int) -> str:
-    """Put the operator in the place of *product*; the name of the initializer with the weights that are not zero."""
+def _replace(graph: GraphView, product: _Product, *, threads: int) -> tuple[str, str]:
+    """Put an operator in the place of *product*: which, and the initializer with the weights that are not zero."""
     weight, name = product.weight, product.node.input[1]
-    rows, columns = np.nonzero(weight)
-    starts = np.searchsorted(rows, np.arange(len(weight) + 1))
-    parts: dict[str, Array] = {
-        f"{name}.values": weight[rows, columns],
-        f"{name}.columns": columns.astype(np.int32),
-        f"{name}.starts": starts.astype(np.int32),
-    }
+    operator, attributes, made_of = ANYWHERE, {"threads": threads}, {}
+    if np.count_nonzero(weight) > DENSEST_OF_FEW * weight.size and is_two_of_four(weight):
+        operator, made_of = TWO_OF_FOUR, as_two_of_four(weight)
+    else:
+        attributes["block"] = block_of(weight)
+        made_of = in_blocks(weight, attributes["block"])
+    parts = {f"{name}.{part}": value for part, value in made_of.items()}
     if not product.bias:
         parts[f"{name}.no_bias"] = np.zeros(len(weight), np.float32)
     inputs = [product.node.input[0], *parts, *filter(None, [product.bias])]
@@ -178,8 +193,8 @@ def _replace(graph: GraphView, product: _Product, *, threads: int) -> str:
             graph.initializers[part] = graph.onnx.numpy_helper.from_array(np.ascontiguousarray(value), part)
             graph.graph.initializer.append(graph.initializers[part])
     made = graph.onnx.helper.make_node(
-        OPERATOR, inputs, [product.last.output[0]], name=product.node.name, domain=DOMAIN, threads=threads
+        operator, inputs, [product.last.output[0]], name=product.node.name, domain=DOMAIN, **attributes
     )
     product.node.Clear()  # where it was, an operator that nothing reads would stay: drop_unused takes it out
     product.last.CopyFrom(made)
-    return f"{name}.values"
+    return operator, f"{name}.values"

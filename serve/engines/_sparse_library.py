@@ -1,4 +1,4 @@
-"""sparse_cpu/sparse_linear.c as a library for this processor: compiled once, where it is first needed, and kept.
+"""The kernels of sparse_cpu as a library for this processor: compiled once, where it is first needed, and kept.
 
 It lies in ``$XDG_CACHE_HOME/sparse-pst``, under a digest of its source, the compiler's version and what the processor
 can do, since it may hold instructions that others do not have: a home folder may be several machines'.
@@ -19,9 +19,6 @@ from pst.files import atomic_file, cache_folder
 from serve.bench.environment import cpu_flags, cpu_model
 
 SOURCE = Path(__file__).parent / "sparse_cpu" / "sparse_linear.c"
-DENSEST = 0.35
-"""Share of a weight that is not zero, up to which skipping the zeros is faster on the processors that were tried."""
-ENOUGH = f"from {1 - DENSEST:.0%} zeros on"
 COMPILERS = ("cc", "gcc", "clang")
 OPTIONS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-w")
 NATIVE = (("-march=native",), ("-mcpu=native",), ())
@@ -33,9 +30,9 @@ def sparse_library() -> Path:
     """The compiled library. Raises EngineError where there is no C compiler, or where it fails."""
     compiler = _compiler()
     version = _run([*compiler, "--version"]).stdout
-    source = SOURCE.read_text(encoding="utf-8")
+    sources = [file.read_text(encoding="utf-8") for file in sorted(SOURCE.parent.glob("*.[ch]"))]
     processor = [cpu_model(), platform.machine(), *sorted(cpu_flags())]
-    known = "\n".join([source, *compiler, version, *processor, *OPTIONS])
+    known = "\n".join([*sources, *compiler, version, *processor, *OPTIONS])
     target = cache_folder() / "sparse-cpu" / f"{hashlib.sha256(known.encode()).hexdigest()[:16]}.so"
     if target.is_file():
         return target

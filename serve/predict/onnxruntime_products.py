@@ -20,10 +20,11 @@ from pst.progress import note
 from serve.bench.workload import random_workload
 from serve.closing import Closing
 from serve.describe import vocab_size
-from serve.engines import available_cpus, open_engine
+from serve.engines import available_cpus, cache_inputs, open_engine
 from serve.engines._onnxruntime_providers import session_options
-from serve.engines._onnxruntime_sparse import OPERATOR, register, sparse_graph
-from serve.engines._sparse_library import DENSEST, sparse_library
+from serve.engines._onnxruntime_sparse import register, sparse_graph
+from serve.engines._sparse_layout import densest
+from serve.engines._sparse_library import sparse_library
 from serve.engines.onnxruntime import load_runtime
 from serve.predict.onnx_product import products_model
 from serve.predict.products import SEED, Call, Product, Weights, timed
@@ -33,7 +34,8 @@ DTYPES = {"fp32": "float32", "fp16": "float16"}
 WHY_NONE = (
     "ONNX Runtime's CPU kernels multiply zeros like any other number (those of --engine onnxruntime-sparse skip them)"
 )
-WHY_DENSE = f"kernels that skip zeros are faster with at most {DENSEST:.0%} that are not zero, in float32"
+DENSE = "MatMul"
+WHY_DENSE = "kernels that skip zeros are faster with at most {most:.0%} that are not zero, or in 2:4, in float32"
 INSTEAD = (
     "; remove whole heads and neurons instead (--pattern structured), or deploy 2:4 on an NVIDIA GPU, at sizes where "
     "it pays (--engine torch-cuda there)"
@@ -43,18 +45,20 @@ INSTEAD = (
 class OnnxRuntimeProduct:
     """One session with every weight in it, and outputs that it writes in place."""
 
-    def __init__(self, runtime: Any, weights: Weights, *, dtype: str, threads: int, skips: bool = False) -> None:
-        """*skips*: by kernels that skip zeros; ``kernel`` says whether they do."""
+    def __init__(
+        self, runtime: Any, weights: Weights, *, dtype: str, threads: int, skips: bool = False, few: bool = False
+    ) -> None:
+        """*skips*: by kernels that skip zeros, *few* as of sparse_graph; ``kernel`` says whether they do."""
         self._runtime, self._dtype, self._count = runtime, np.dtype(dtype), len(weights)
         self._width, self._inputs = weights[0].shape
-        self.kernel = "MatMul"
+        self.kernel = DENSE
         self.outputs: list[np.ndarray] = []
         """What the call of the last ``at`` writes: (tokens, outputs) for each weight."""
         model = products_model([weight.T.astype(dtype) for weight in weights])
         options = session_options(runtime, threads)
-        if skips and (content := sparse_graph(model, threads=threads).content):
+        if skips and (graph := sparse_graph(model, threads=threads, few=few)).content:
             register(options, runtime)
-            self.kernel, model = OPERATOR, content
+            self.kernel, model = " and ".join(sorted(set(graph.operators.values()))), graph.content
         try:
             self._session = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # the runtime's exceptions have no common base but this
@@ -84,7 +88,6 @@ class OnnxRuntimeProducts(Closing):
         """*skips*: with kernels that skip zeros."""
         self._runtime, self._skips = load_runtime(), skips
         self.name = "onnxruntime-sparse" if skips else "onnxruntime-cpu"
-        self.why_none = (WHY_DENSE if skips else WHY_NONE) + INSTEAD
         self._threads = threads or available_cpus()
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         folder = path
@@ -104,6 +107,8 @@ class OnnxRuntimeProducts(Closing):
         self.dtype = DTYPES[precision]
         self._folder = folder
         self._engine = open_engine(folder, engine="onnxruntime", threads=self._threads)
+        self._few = bool(cache_inputs(self._engine.inputs))
+        self.why_none = (WHY_DENSE.format(most=densest(few=self._few)) if skips else WHY_NONE) + INSTEAD
 
     def model(self, batch: int, sequence: int) -> Call:
         """See Products."""
@@ -119,8 +124,10 @@ class OnnxRuntimeProducts(Closing):
         """Kernels that skip zeros, where they are asked for and there are enough of them."""
         if not self._skips or self.dtype != "float32":
             return None
-        made = OnnxRuntimeProduct(self._runtime, weights, dtype=self.dtype, threads=self._threads, skips=True)
-        return made if made.kernel == OPERATOR else None
+        made = OnnxRuntimeProduct(
+            self._runtime, weights, dtype=self.dtype, threads=self._threads, skips=True, few=self._few
+        )
+        return None if made.kernel == DENSE else made
 
     def close(self) -> None:
         """Close the model, and delete what was exported for it."""

@@ -1,9 +1,12 @@
 """Kernels that skip zeros, in ONNX Runtime on a processor: the product against numpy, the graph against the file."""
 
 import ctypes
+import functools
+import itertools
+import platform
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +19,14 @@ from onnx import TensorProto, helper, numpy_helper
 from export import manifest
 from export.pipeline import export
 from pst.errors import ArtifactError, EngineError
+from serve.bench.environment import cpu_flags
 from serve.bench.receipt import receipts
 from serve.bench.workload import random_workload
 from serve.engines import Engine, _sparse_library, open_engine
 from serve.engines import _onnxruntime_sparse as module
-from serve.engines._onnxruntime_sparse import CHOSEN, register, sparse_graph
-from serve.engines._sparse_library import COMPILERS, DENSEST, sparse_library
+from serve.engines._onnxruntime_sparse import ANYWHERE, CHOSEN, TWO_OF_FOUR, register, sparse_graph
+from serve.engines._sparse_layout import DENSEST, DENSEST_OF_FEW, as_two_of_four, in_blocks
+from serve.engines._sparse_library import COMPILERS, OPTIONS, SOURCE, sparse_library
 from serve.engines.onnxruntime import OnnxRuntimeEngine
 from serve.generate import Generator
 
@@ -40,34 +45,115 @@ def _pointer(array: "np.ndarray[Any, Any]") -> ctypes.c_void_p:
     return array.ctypes.data_as(ctypes.c_void_p)
 
 
+FLAGS = {"as it is compiled here": "", "AVX2": "-mavx2 -mfma -mno-avx512f", "no AVX": "-mno-avx"}
+"""What compilers for x86 are told, after what they are told of this processor."""
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``compiled("-mno-avx")``: the kernels, compiled with these flags, and with *words* of the source replaced."""
+    folder = tmp_path_factory.mktemp("compiled")
+
+    @functools.cache
+    def library(flags: str = "", words: tuple[str, str] = ("", "")) -> Path:
+        if not (flags or words[0]):
+            return sparse_library()
+        if flags and platform.machine() != "x86_64":
+            pytest.skip(f"{flags} is for x86")
+        if "avx2" in flags and "avx2" not in cpu_flags():
+            pytest.skip("this processor has no AVX2")
+        number = len(list(folder.iterdir()))
+        source, target = folder / str(number) / SOURCE.name, folder / f"{number}.so"
+        shutil.copytree(SOURCE.parent, source.parent)
+        text = source.read_text(encoding="utf-8")
+        assert words[0] in text
+        source.write_text(text.replace(*words), encoding="utf-8")
+        native = ["-march=native"] if platform.machine() == "x86_64" else []
+        command = [*_sparse_library._compiler(), *OPTIONS, *native, *flags.split(), str(source), "-o", str(target)]
+        subprocess.run(command, check=True)
+        return target
+
+    return library
+
+
 def _multiply(
-    x: "np.ndarray[Any, Any]", weight: "np.ndarray[Any, Any]", bias: "np.ndarray[Any, Any]", *, inputs: int = 0
+    x: "np.ndarray[Any, Any]",
+    weight: "np.ndarray[Any, Any]",
+    bias: "np.ndarray[Any, Any]",
+    *,
+    library: Path,
+    block: int = 64,
 ) -> "np.ndarray[Any, Any]":
-    rows, columns = np.nonzero(weight)
-    starts = np.searchsorted(rows, np.arange(len(weight) + 1)).astype(np.int32)
-    values, at = weight[rows, columns], columns.astype(np.int32)
+    """By the kernel for zeros anywhere; *block* 0: by the one for 2:4."""
     y = np.full((len(x), len(weight)), np.nan, np.float32)
-    sizes = (ctypes.c_int64(size) for size in (len(x), inputs or x.shape[1], len(weight)))
-    ctypes.CDLL(str(sparse_library())).pst_sparse_linear(*map(_pointer, (x, values, at, starts, bias, y)), *sizes)
+    sizes = [ctypes.c_int64(size) for size in (len(x), x.shape[1], len(weight))]
+    parts = in_blocks(weight, block) if block else as_two_of_four(weight)
+    arrays = [np.ascontiguousarray(array) for array in (x, *parts.values(), bias)]
+    functions = ctypes.CDLL(str(library))
+    function = functions.pst_sparse_linear if block else functions.pst_two_of_four_linear
+    function(*map(_pointer, [*arrays, y]), *sizes, *([ctypes.c_int64(block)] if block else []))
     return y
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 15, 16, 17, 31, 33, 48, 50, 63, 64, 65, 100, 130, 200])
-@pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (3, 5), (16, 16), (17, 63), (64, 48), (100, 129)])
-def test_the_product_is_that_of_numpy(tokens: int, outputs: int, inputs: int) -> None:
+def _two_of_four(outputs: int, inputs: int, *, seed: int = 0) -> "np.ndarray[Any, Any]":
+    """Two of each four, and now and then one or none."""
+    random = np.random.default_rng(seed)
+    weight = random.standard_normal((outputs, inputs // 4, 4), np.float32)
+    np.put_along_axis(weight, np.argsort(random.random(weight.shape), axis=2)[:, :, :2], 0, axis=2)
+    return (weight * (random.random(weight.shape) < 0.9)).reshape(outputs, inputs)
+
+
+TOKENS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 31, 33, 48, 50, 63, 64, 65, 68, 72, 100, 130, 200]
+
+
+@pytest.mark.parametrize("kind", FLAGS)
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (3, 5), (16, 16), (17, 63), (64, 48), (100, 129), (270, 300)])
+def test_the_product_is_that_of_numpy(
+    compiled: Callable[..., Path], outputs: int, inputs: int, tokens: int, kind: str
+) -> None:
     random = np.random.default_rng(tokens * outputs + inputs)
-    density = random.choice([0.0, 0.1, 0.5, 1.0])
-    weight = random.standard_normal((outputs, inputs), np.float32) * (random.random((outputs, inputs)) < density)
+    library = compiled(FLAGS[kind])
     x, bias = random.standard_normal((tokens, inputs), np.float32), random.standard_normal(outputs, np.float32)
-    expected = x.astype(np.float64) @ weight.T + bias
-    np.testing.assert_allclose(_multiply(x, weight, bias), expected, atol=1e-5, rtol=1e-5)
+    for density, block in itertools.product((0.0, 0.1, 0.5, 1.0), (8, 64, 128, 256)):
+        weight = random.standard_normal((outputs, inputs), np.float32) * (random.random((outputs, inputs)) < density)
+        expected = x.astype(np.float64) @ weight.T + bias
+        found = _multiply(x, weight, bias, library=library, block=block)
+        np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-5)
 
 
-def test_without_memory_it_still_multiplies() -> None:
-    """A row that is said to be so long that no tile of it fits, of which the weight reads the first numbers alone."""
+@pytest.mark.parametrize("kind", FLAGS)
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_the_product_in_2of4_is_that_of_numpy(compiled: Callable[..., Path], tokens: int, kind: str) -> None:
+    random = np.random.default_rng(tokens)
+    library = compiled(FLAGS[kind])
+    for outputs, inputs in ((1, 4), (15, 8), (16, 28), (17, 32), (48, 64), (100, 100), (33, 132), (270, 300)):
+        weight = _two_of_four(outputs, inputs, seed=tokens)
+        x, bias = random.standard_normal((tokens, inputs), np.float32), random.standard_normal(outputs, np.float32)
+        expected = x.astype(np.float64) @ weight.T + bias
+        found = _multiply(x, weight, bias, library=library, block=0)
+        np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("block", [64, 0])
+@pytest.mark.parametrize("tokens", [1, 3, 7, 70])
+def test_more_outputs_than_fit_beside_one_tile(compiled: Callable[..., Path], tokens: int, block: int) -> None:
     random = np.random.default_rng(0)
-    x, weight, bias = (random.standard_normal(shape, np.float32) for shape in ((1, 8), (5, 8), (5,)))
-    np.testing.assert_allclose(_multiply(x, weight, bias, inputs=2**52), x @ weight.T + bias, atol=1e-5)
+    weight, bias = _two_of_four(17000, 20), random.standard_normal(17000, np.float32)
+    x = random.standard_normal((tokens, 20), np.float32)
+    found = _multiply(x, weight, bias, library=compiled(), block=block)
+    np.testing.assert_allclose(found, x @ weight.T + bias, atol=1e-4)
+
+
+@pytest.mark.parametrize("block", [64, 0])
+@pytest.mark.parametrize("tokens", [2, 70])
+def test_without_memory_it_still_multiplies(compiled: Callable[..., Path], tokens: int, block: int) -> None:
+    random = np.random.default_rng(0)
+    weight, bias = _two_of_four(5, 8), random.standard_normal(5, np.float32)
+    x = random.standard_normal((tokens, 8), np.float32)
+    library = compiled(words=("malloc(wanted * sizeof(float) + 64)", "NULL"))
+    found = _multiply(x, weight, bias, library=library, block=block)
+    np.testing.assert_allclose(found, x @ weight.T + bias, atol=1e-5)
 
 
 def _weight(outputs: int, inputs: int, *, density: float, seed: int = 0) -> "np.ndarray[Any, Any]":
@@ -86,6 +172,7 @@ def _model(nodes: list[Any], constants: dict[str, Any], *, shape: list[Any], out
 
 
 SPARSE, DENSE = _weight(48, 64, density=0.2), _weight(48, 64, density=0.9, seed=1)
+HALF, PAIRS = _weight(48, 64, density=0.5, seed=2), _two_of_four(48, 64)
 BIAS, OTHER = np.arange(48, dtype=np.float32), np.ones(48, np.float32)
 MATMUL = helper.make_node("MatMul", ["x", "w"], ["y"], name="product")
 
@@ -115,6 +202,9 @@ GRAPHS: dict[str, tuple[list[Any], dict[str, Any], list[str], int]] = {
     "gemm": ([_gemm()], {"w": SPARSE.T, "b": BIAS}, ["y"], 1),
     "gemm, stored by outputs": ([_gemm(transB=1)], {"w": SPARSE, "b": BIAS}, ["y"], 1),
     "gemm with a factor": ([_gemm(transB=1, alpha=2.0)], {"w": SPARSE, "b": BIAS}, ["y"], 0),
+    "half": ([MATMUL], {"w": HALF.T}, ["y"], 1),
+    "2:4": ([MATMUL, helper.make_node("Add", ["b", "y"], ["z"])], {"w": PAIRS.T, "b": BIAS}, ["z"], 1),
+    "2:4, gemm, stored by outputs": ([_gemm(transB=1)], {"w": PAIRS, "b": BIAS}, ["y"], 1),
     "too dense": ([MATMUL], {"w": DENSE.T}, ["y"], 0),
 }  # fmt: skip
 
@@ -123,7 +213,7 @@ GRAPHS: dict[str, tuple[list[Any], dict[str, Any], list[str], int]] = {
 @pytest.mark.parametrize("kind", GRAPHS)
 def test_the_graph_computes_what_the_file_does(kind: str, threads: int, tmp_path: Path) -> None:
     nodes, constants, outputs, count = GRAPHS[kind]
-    shape: list[Any] = ["n", 64] if kind.startswith("gemm") else ["n", 7, 64]
+    shape: list[Any] = ["n", 64] if "gemm" in kind else ["n", 7, 64]
     file = tmp_path / "model.onnx"
     onnx.save(_model(nodes, constants, shape=shape, outputs=outputs), str(file))
     found = sparse_graph(file, threads=threads)
@@ -133,7 +223,7 @@ def test_the_graph_computes_what_the_file_does(kind: str, threads: int, tmp_path
         assert list(found.too_dense) == ([] if "factor" in kind else ["w"])
         return
     operators = [node.op_type for node in onnx.load_from_string(found.content).graph.node]
-    assert operators.count("SparseLinear") == count
+    assert operators.count(TWO_OF_FOUR if "2:4" in kind else ANYWHERE) == count
     assert "MatMul" not in operators and "Gemm" not in operators  # noqa: PT018 - neither of the two
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -205,7 +295,7 @@ def test_the_engine_answers_as_the_plain_one(mostly_zeros: Path, capsys: pytest.
 def test_auto_skips_zeros_where_there_are_enough(
     mostly_zeros: Path, sparse_artifact: Path, bert_artifact: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for folder, name in ((mostly_zeros, "cpu-sparse"), (sparse_artifact, "cpu"), (bert_artifact, "cpu")):
+    for folder, name in ((mostly_zeros, "cpu-sparse"), (sparse_artifact, "cpu-sparse"), (bert_artifact, "cpu")):
         capsys.readouterr()
         with open_engine(folder, engine="auto", threads=1) as engine:
             assert engine.name == f"onnxruntime-{name}"
@@ -227,28 +317,35 @@ def test_a_dense_artifact_runs_as_it_is(bert_artifact: Path, capsys: pytest.Capt
         assert {each.operator for each in profiler.finish(weights=())} >= {"MatMul", "Softmax"}
 
 
-def test_the_receipt(mostly_zeros: Path, bert_artifact: Path, sparse_artifact: Path) -> None:
-    folders = {"dense": bert_artifact, "sparse": mostly_zeros, "2of4": sparse_artifact}
+def test_the_receipt(
+    mostly_zeros: Path, bert_artifact: Path, sparse_artifact: Path, sparse_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    export(sparse_model("unstructured", 0.4), tmp_path / "artifact")
+    folders = {
+        "dense": bert_artifact, "sparse": mostly_zeros, "2of4": sparse_artifact, "dense, nearly": tmp_path / "artifact",
+    }  # fmt: skip
     engines = {name: open_engine(path, engine="onnxruntime-sparse", threads=1) for name, path in folders.items()}
     manifests = {name: manifest.load(path) for name, path in folders.items()}
     found = {each.artifact: each for each in receipts(engines, manifests, [random_workload((2, 8), vocab_size=30)])}
-    ran = [layer for layer in found["sparse"].layers if layer.sparse_kernel]
-    assert len(ran) == len(found["sparse"].layers) == 12
-    for layer in ran:
-        assert layer.operator == "SparseLinear"
-        assert layer.why == CHOSEN.format(share=layer.density)
-        assert layer.time_ms is not None and layer.baseline_ms is not None  # noqa: PT018 - both of one layer
-    assert not any(layer.sparse_kernel for name in ("dense", "2of4") for layer in found[name].layers)
-    assert {layer.why for layer in found["2of4"].layers} == {
-        f"50% of it are not zero, and skipping zeros pays up to {DENSEST:.0%}"
+    for artifact, operator in (("sparse", ANYWHERE), ("2of4", TWO_OF_FOUR)):
+        ran = [layer for layer in found[artifact].layers if layer.sparse_kernel]
+        assert len(ran) == len(found[artifact].layers) == 12
+        for layer in ran:
+            assert layer.operator == operator
+            assert layer.why == CHOSEN.format(kernel=operator, share=layer.density)
+            assert layer.time_ms is not None and layer.baseline_ms is not None  # noqa: PT018 - both of one layer
+    assert not any(layer.sparse_kernel for name in ("dense", "dense, nearly") for layer in found[name].layers)
+    assert {layer.why for layer in found["dense, nearly"].layers} == {
+        f"60% of it are not zero, and skipping zeros pays up to {DENSEST:.0%}"
     }
     for engine in engines.values():
         engine.close()
 
 
+@pytest.mark.parametrize("pattern", ["1:4", "2:4"])
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-def test_a_decoder_with_its_cache(kind: str, tmp_path: Path) -> None:
-    folder = prune(make_decoder(tmp_path / "model", kind), "1:4")
+def test_a_decoder_with_its_cache(kind: str, pattern: str, tmp_path: Path) -> None:
+    folder = prune(make_decoder(tmp_path / "model", kind), pattern)
     export(folder, tmp_path / "artifact")
     prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
     said = []
@@ -257,6 +354,20 @@ def test_a_decoder_with_its_cache(kind: str, tmp_path: Path) -> None:
             assert bool(getattr(model.engine, "sparse_weights")) == (name == "onnxruntime-sparse")  # noqa: B009
             said.append(model.generate(prompts, max_new_tokens=12))
     assert said[0] == said[1]
+
+
+def test_a_decoder_needs_more_zeros_but_in_2of4(tmp_path: Path) -> None:
+    """With half of them a few tokens at a time, which is how it writes, are slower than dense."""
+    folder = prune(make_decoder(tmp_path / "model", "gpt2"), "4:8")
+    export(folder, tmp_path / "artifact")
+    found = sparse_graph(tmp_path / "artifact" / "model.onnx", threads=1)
+    assert (found.few, found.held, found.content) == (True, {}, b"")
+    assert not module.may_skip_zeros(tmp_path / "artifact")
+    weight = next(each for each in manifest.load(tmp_path / "artifact").weights if each.initializer in found.too_dense)
+    assert found.explain(weight, pattern="4:8", place=None).why == (
+        f"50% of it are not zero, and skipping zeros pays up to {DENSEST_OF_FEW:.0%} where a few tokens are read at a "
+        "time, or in 2:4"
+    )
 
 
 # -- the compiler --------------------------------------------------------------------------------------------------

@@ -36,9 +36,12 @@ def served(artifact: Path, *options: object) -> Iterator[tuple["subprocess.Popen
     )
     try:
         assert process.stderr is not None
-        line = process.stderr.readline()
-        found = re.fullmatch(r"Serving (\S+) at (http://\S+:\d+)\n", line)
-        assert found, line
+        said = []
+        while (
+            found := re.fullmatch(r"Serving (\S+) at (http://\S+:\d+)\n", line := process.stderr.readline())
+        ) is None:
+            said.append(line)
+            assert line, said
         yield process, found[2]
     finally:
         process.kill() if process.poll() is None else None

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from export.pipeline import export
 from pst.errors import ArtifactError, ConfigError, PatternError
 from serve.engines._sparse_library import COMPILERS
 from serve.predict import run
@@ -17,6 +18,7 @@ from serve.predict.result import Prediction
 from serve.predict.run import predict
 
 from ...command_line import done, pst
+from ...decoders import make_decoder
 
 
 class Timed:
@@ -160,15 +162,26 @@ def test_on_onnx_runtime_for_real(bert_artifact: Path, pattern: str) -> None:
 
 
 @pytest.mark.skipif(not any(shutil.which(name) for name in COMPILERS), reason="needs a C compiler")
-@pytest.mark.parametrize(("pattern", "sparsity"), [("unstructured", 0.9), ("2:4", None)])
+@pytest.mark.parametrize(("pattern", "sparsity"), [("unstructured", 0.9), ("2:4", None), ("unstructured", 0.4)])
 def test_on_kernels_that_skip_zeros(bert_artifact: Path, pattern: str, sparsity: float | None) -> None:
     found = predict(
         bert_artifact, pattern=pattern, sparsity=sparsity, shapes=[(2, 32)], engine="onnxruntime-sparse", threads=1,
         budget_s=2,
     )  # fmt: skip
     assert found.engine == "onnxruntime-sparse"
-    assert {layer.sparse_kernel for layer in found.shapes[0].layers} == {pattern == "unstructured"}
-    assert ("faster with at most 35% that are not zero" in found.render()) == (pattern == "2:4")
+    assert {layer.sparse_kernel for layer in found.shapes[0].layers} == {sparsity != 0.4}
+    assert ("faster with at most 55% that are not zero, or in 2:4" in found.render()) == (sparsity == 0.4)
+
+
+@pytest.mark.skipif(not any(shutil.which(name) for name in COMPILERS), reason="needs a C compiler")
+def test_a_decoder_needs_more_zeros(tmp_path: Path) -> None:
+    export(make_decoder(tmp_path / "model", "gpt2"), tmp_path / "artifact")
+    for pattern, sparse in (("4:8", False), ("1:4", True), ("2:4", True)):
+        found = predict(
+            tmp_path / "artifact", pattern=pattern, shapes=[(2, 8)], engine="onnxruntime-sparse", threads=1, budget_s=1
+        )
+        assert {layer.sparse_kernel for layer in found.shapes[0].layers} == {sparse}
+        assert ("with at most 35% that are not zero" in found.render()) != sparse
 
 
 def test_the_command(bert_artifact: Path) -> None:
