@@ -15,8 +15,8 @@ BLOCK, WIDE_BLOCK, WIDE_UP_TO = 128, 256, 0.25
 """Inputs of a block: 64 tokens of it fit the first cache; of a weight with fewer values the rows would be too short."""
 READ_AHEAD = 8
 """Values behind the last that the kernel reads, and does not use."""
-GROUP, WORD = 16, 32
-"""Of 2:4: rows that lie together, and inputs whose bits a word holds."""
+PAIRS_BLOCK, GROUP, WORD = 96, 16, 32
+"""Of 2:4: inputs of a block, rows that lie together, and inputs whose bits a word holds."""
 CHOSEN_OF_FOUR = np.array(
     [np.argsort([not mask >> place & 1 for place in range(4)], kind="stable")[:2] for mask in range(16)]
 )
@@ -60,8 +60,8 @@ def as_two_of_four(weight: Array) -> dict[str, Array]:
     padded = np.zeros((groups * GROUP, inputs), np.float32)
     padded[:outputs] = weight
     values, words = [], []
-    for start in range(0, inputs, BLOCK):
-        fours = padded[:, start : start + BLOCK].reshape(-1, 4)
+    for start in range(0, inputs, PAIRS_BLOCK):
+        fours = padded[:, start : start + PAIRS_BLOCK].reshape(-1, 4)
         chosen = CHOSEN_OF_FOUR[np.packbits(fours != 0, axis=1, bitorder="little").ravel()]
         found = np.take_along_axis(fours, chosen, axis=1).reshape(groups, GROUP, -1)
         bits = np.zeros((groups * GROUP, -(-found.shape[2] * 2 // WORD) * WORD // 2), np.uint32)

@@ -40,7 +40,10 @@
 #define ROWS_OF(NAME, ...) ROWS(NAME, __VA_ARGS__)
 ROWS(rows_1, float, 1, 4)
 ROWS(rows_4, quad, 1, 4)
-ROWS_OF(rows_8, EIGHT, 4)
+ROWS_OF(rows_8, EIGHTS(1), 4)
+ROWS_OF(rows_24, EIGHTS(3), 2)
+ROWS_OF(rows_40, EIGHTS(5), 2)
+ROWS_OF(rows_56, EIGHTS(7), 1)
 ROWS(rows_16, vec, STEP / LANES, 4 * LANES / STEP)
 ROWS(rows_32, vec, 2 * STEP / LANES, 2 * LANES / STEP > 0 ? 2 * LANES / STEP : 1)
 ROWS(rows_48, vec, 3 * STEP / LANES, 1)
@@ -57,8 +60,11 @@ static void multiply_anywhere(const Job *job, const float *tile, int64_t width, 
         case 4: rows_4(x, job->values, job->columns, starts, last - first, sums); break;
         case 8: rows_8(x, job->values, job->columns, starts, last - first, sums); break;
         case 16: rows_16(x, job->values, job->columns, starts, last - first, sums); break;
+        case 24: rows_24(x, job->values, job->columns, starts, last - first, sums); break;
         case 32: rows_32(x, job->values, job->columns, starts, last - first, sums); break;
+        case 40: rows_40(x, job->values, job->columns, starts, last - first, sums); break;
         case 48: rows_48(x, job->values, job->columns, starts, last - first, sums); break;
+        case 56: rows_56(x, job->values, job->columns, starts, last - first, sums); break;
         default: rows_64(x, job->values, job->columns, starts, last - first, sums);
         }
     }

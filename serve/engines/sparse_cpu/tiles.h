@@ -22,9 +22,9 @@ typedef float vec __attribute__((vector_size(BYTES), aligned(4)));
 typedef float quad __attribute__((vector_size(16), aligned(4)));
 #if BYTES >= 32
 typedef float eight __attribute__((vector_size(32), aligned(4)));
-#define EIGHT eight, 1
+#define EIGHTS(N) eight, N
 #else
-#define EIGHT quad, 2
+#define EIGHTS(N) quad, 2 * N
 #endif
 typedef int32_t pick __attribute__((vector_size(16)));
 
@@ -81,7 +81,7 @@ static int64_t tokens_of(const Job *job, int64_t tile)
 static int64_t width_of(const Job *job, int64_t tile)
 {
     int64_t tokens = tokens_of(job, tile);
-    return tokens == 1 ? 1 : tokens <= 4 ? 4 : tokens <= 8 ? 8 : (tokens + STEP - 1) / STEP * STEP;
+    return tokens == 1 ? 1 : tokens <= 4 ? 4 : (tokens + 7) / 8 * 8;
 }
 
 static void fill_tile(void *data, size_t index)

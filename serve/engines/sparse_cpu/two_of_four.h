@@ -1,14 +1,15 @@
 /* W in 2:4: of each four inputs of a row two values, zeros among them where there are fewer, and two bits each that say
    which of the four.
 
-   W is cut into blocks of 128 inputs, so much of a tile as stays in the first cache while all rows are multiplied by it.
-   In a block 16 rows lie together: values (blocks, groups of 16 rows, 64, 16), words (blocks, groups, 4, 16), a word
+   W is cut into blocks of 96 inputs, so much of a tile as stays in the first cache while all rows are multiplied by it.
+   In a block 16 rows lie together: values (blocks, groups of 16 rows, 48, 16), words (blocks, groups, 3, 16), a word
    holding the bits of the 16 values of 32 inputs, the first in the lowest; the last block is as short as it has inputs,
    its last word padded. So every row takes the same time, and W is a little more than half as large as it was dense. */
 
 #define GROUP 16
 #define WORD 32
-#define BLOCK_2OF4 128
+#define BLOCK_2OF4 96
+#define LINES (BLOCK_2OF4 / 2 / GROUP) /* of values, for each row of a group */
 
 typedef struct {
     const float *values;   /* of the first group */
@@ -26,7 +27,7 @@ static Block block_at(const Job *job, int64_t from)
 
 /* NAME: rows from first to last of a block of W, which begin a group, times that block x of a tile of N vectors' width,
    added to sums (rows, width). R rows at once, so that there are enough sums for the processor to work at all the time;
-   of the last group perhaps rows that only pad it. */
+   of the last group perhaps rows that only pad it. Meanwhile a part of the next group's values is fetched. */
 #define ROWS_2OF4(NAME, VECTOR, N, R)                                                                                  \
     static void NAME(const Block *block, const float *x, int64_t first, int64_t last, float *sums)                     \
     {                                                                                                                  \
@@ -34,6 +35,9 @@ static Block block_at(const Job *job, int64_t from)
         for (int64_t r = first; r < last; r += R, sums += R * WIDTH) {                                                 \
             const float *value = block->values + r / GROUP * block->size / 2 * GROUP + r % GROUP, *four = x;           \
             const uint32_t *words = block->words + r / GROUP * block->word_count * GROUP + r % GROUP;                  \
+            const float *next = value - r % GROUP + (block->size / 2 + r % GROUP * LINES) * GROUP;                     \
+            for (int line = 0; line < LINES * R; line++)                                                               \
+                __builtin_prefetch(next + line * GROUP);                                                               \
             VECTOR sum[R][N];                                                                                          \
             for (int q = 0; q < R; q++)                                                                                \
                 for (int i = 0; i < N; i++)                                                                            \
@@ -65,7 +69,10 @@ static Block block_at(const Job *job, int64_t from)
 #endif
 ROWS_2OF4(rows_2of4_1, float, 1, 4)
 ROWS_2OF4(rows_2of4_4, quad, 1, 4)
-ROWS_2OF4_OF(rows_2of4_8, EIGHT, 4)
+ROWS_2OF4_OF(rows_2of4_8, EIGHTS(1), 4)
+ROWS_2OF4_OF(rows_2of4_24, EIGHTS(3), 2)
+ROWS_2OF4_OF(rows_2of4_40, EIGHTS(5), 2)
+ROWS_2OF4_OF(rows_2of4_56, EIGHTS(7), 1)
 ROWS_2OF4(rows_2of4_16, vec, STEP / LANES, AT_ONCE(16))
 ROWS_2OF4(rows_2of4_32, vec, 2 * STEP / LANES, AT_ONCE(32))
 ROWS_2OF4(rows_2of4_48, vec, 3 * STEP / LANES, AT_ONCE(48))
@@ -82,8 +89,11 @@ static void multiply_2of4(const Job *job, const float *tile, int64_t width, int6
         case 4: rows_2of4_4(block, x, first, last, sums); break;
         case 8: rows_2of4_8(block, x, first, last, sums); break;
         case 16: rows_2of4_16(block, x, first, last, sums); break;
+        case 24: rows_2of4_24(block, x, first, last, sums); break;
         case 32: rows_2of4_32(block, x, first, last, sums); break;
+        case 40: rows_2of4_40(block, x, first, last, sums); break;
         case 48: rows_2of4_48(block, x, first, last, sums); break;
+        case 56: rows_2of4_56(block, x, first, last, sums); break;
         default: rows_2of4_64(block, x, first, last, sums);
         }
     }
@@ -91,7 +101,7 @@ static void multiply_2of4(const Job *job, const float *tile, int64_t width, int6
 
 #if defined(__AVX2__)
 #ifndef DIRECT
-#define DIRECT 24 /* tokens at most */
+#define DIRECT 12 /* tokens at most */
 #endif
 #if defined(__AVX512F__)
 typedef __m512 lanes;
