@@ -116,11 +116,19 @@ def sparse_graph(model: Path | bytes, *, threads: int, few: bool = False) -> Spa
             found.too_dense[name] = share
     if not found.held:
         return found
-    drop_unused(loaded.graph)
     loaded.opset_import.append(onnx.helper.make_opsetid(DOMAIN, 1))
-    if sum(tensor.ByteSize() for tensor in loaded.graph.initializer) > LARGEST:  # of all, protobuf cannot tell
+    tensors = list(graph.initializers.values())
+    del loaded.graph.initializer[:]
+    made = onnx.ModelProto()  # for protobuf frees the weights that were replaced with their model alone
+    made.CopyFrom(loaded)
+    drop_unused(made.graph)
+    read = {name for node in made.graph.node for name in node.input}
+    tensors = [tensor for tensor in tensors if tensor.name in read]
+    if sum(tensor.ByteSize() for tensor in tensors) > LARGEST:  # of all, protobuf cannot tell
         raise EngineError("The model is too large for sparse kernels, which take up to 1.9 GB; choose onnxruntime.")
-    found.content = loaded.SerializeToString()
+    made.graph.initializer.extend(tensors)
+    del loaded, graph, tensors, product, node
+    found.content = made.SerializeToString()
     return found
 
 
@@ -191,7 +199,6 @@ def _replace(graph: GraphView, product: _Product, *, threads: int) -> tuple[str,
     for part, value in parts.items():
         if part not in graph.initializers:  # of a weight that two products share
             graph.initializers[part] = graph.onnx.numpy_helper.from_array(np.ascontiguousarray(value), part)
-            graph.graph.initializer.append(graph.initializers[part])
     made = graph.onnx.helper.make_node(
         operator, inputs, [product.last.output[0]], name=product.node.name, domain=DOMAIN, **attributes
     )

@@ -98,9 +98,7 @@ class OnnxRuntimeEngine(Closing):
             self._sparse = self._sparse_graph()
         elif variant == "auto" and providers == [CPU]:
             self._sparse = self._sparse_graph_if_it_pays()
-        self._session: Any = self._open((self._sparse and self._sparse.content) or str(file), False)
-        if self._sparse:
-            self._sparse.content = b""  # which the session has taken up
+        self._session: Any = self._open_sparse(self._sparse) if self._sparse else self._open(str(file), False)
         used = self._session.get_providers()[0]
         _check_used(used, variant)
         self.inputs: Mapping[str, TensorSpec] = _specs(self._session.get_inputs())
@@ -122,6 +120,20 @@ class OnnxRuntimeEngine(Closing):
         """A session of a file name or of bytes."""
         providers = with_graphs(self._asked) if graphs else self._asked
         return _open_session(self._runtime, model, self._options(), providers, file=self._file)
+
+    def _open_sparse(self, graph: SparseGraph) -> Any:
+        """A session of *graph*, whose content is then gone: by way of a file, for of bytes a session keeps a copy."""
+        content, graph.content = graph.content, b""
+        if not content:
+            return self._open(str(self._file), False)
+        with tempfile.TemporaryDirectory(prefix="pst-sparse-") as folder:
+            path = Path(folder) / "sparse.onnx"
+            try:
+                path.write_bytes(content)
+            except OSError:  # no room there
+                return self._open(content, False)
+            del content
+            return self._open(str(path), False)
 
     def _options(self) -> Any:
         options = session_options(self._runtime, self.threads)
