@@ -1,11 +1,12 @@
-"""Prompt latency and tokens a second of a GPT-2 with its cache: dense, 2:4, and half of its multiply-adds removed.
+"""Prompt latency and tokens a second of a GPT-2 with its cache: dense, with zeros, and half of its multiply-adds removed.
 
-    python -m benchmarks.generation                                     writes generation_cpu_<yyyymm>.json
+    python -m benchmarks.generation --artifacts dense 2of4 structured   writes generation_cpu_<yyyymm>.json
+    python -m benchmarks.generation --engine onnxruntime-sparse         zeros skipped on a processor
     python -m benchmarks.generation --work W --make --precision fp16    makes the artifacts alone (torch, onnx), then
     python -m benchmarks.generation --work W --engine onnxruntime-cuda  measures them (no torch), likewise tensorrt
 
 The size is that of GPT-2's smallest, 124 million parameters. Weights are random, which cost the same time as trained
-ones; magnitude says which of them go. All three go through ``pst export``, with its checks, and ``pst bench`` measures
+ones; magnitude says which of them go. All go through ``pst export``, with its checks, and ``pst bench`` measures
 them in turn in one process. Models and artifacts are left in --work, if given.
 """
 

@@ -52,13 +52,20 @@ def _send(line: str, *, port: str) -> str:
         return str(answer.read().decode())
 
 
-def test_the_table_is_that_of_the_committed_report() -> None:
-    report = json.loads((ROOT / "benchmarks" / "generation_cpu_202611.json").read_text(encoding="utf-8"))
-    quoted = {
-        row[0]: row[1:] for row in (line.strip("| ").split(" | ") for line in GUIDE.splitlines()) if len(row) == 4
-    }
+@pytest.mark.parametrize(
+    ("name", "columns"),
+    [
+        ("generation_cpu", ("dense", "2of4", "structured")),
+        ("generation_onnxruntime-sparse_cpu", ("dense", "2of4", "unstructured-80", "unstructured-90")),
+    ],
+)
+def test_the_table_is_that_of_the_committed_report(name: str, columns: tuple[str, ...]) -> None:
+    report = json.loads((ROOT / "benchmarks" / f"{name}_202611.json").read_text(encoding="utf-8"))
+    rows = (line.strip("| ").split(" | ") for line in GUIDE.splitlines())
+    quoted = {row[0]: row[1:] for row in rows if len(row) == 1 + len(columns)}
+    assert len(report["measurements"]) == len(columns) * sum(row.count("×") > 1 for row in map(str, quoted.values()))
     for entry in report["measurements"]:
-        column = ("dense", "2of4", "structured").index(entry["artifact"])
+        column = columns.index(entry["artifact"])
         rate, time = entry["tokens_per_s"], entry["latency"]["p50"]
         expected = f"{rate:.1f} tokens/s" if entry["new_tokens"] else f"{time:.0f} ms"
         if entry["speedup"]:

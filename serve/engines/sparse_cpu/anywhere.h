@@ -5,13 +5,16 @@
    so fits into one byte. Of a few tokens the time is that of reading W, and of finding out where the next value belongs:
    for them masks say it, a byte for eight inputs of a row, in the order of the values. */
 
+static int64_t block_count(const Job *job) { return (job->inputs + job->block - 1) / job->block; }
+
 /* NAME: rows of one block of W, times that block of a tile of N vectors' width, added to sums (rows, width). Each row is
-   summed up in TURNS turns, so that there are enough sums for the processor to work at all the time. */
+   summed up in TURNS turns, so that there are enough sums for the processor to work at all the time, and no more than it
+   has registers for. */
 #define ROWS(NAME, VECTOR, N, TURNS)                                                                                   \
     static void NAME(const float *x, const float *values, const uint8_t *columns, const int32_t *starts, int64_t rows, \
                      float *sums)                                                                                      \
     {                                                                                                                  \
-        enum { EACH = sizeof(VECTOR) / sizeof(float), WIDTH = (N) * EACH, AT_ONCE = TURNS };                             \
+        enum { EACH = sizeof(VECTOR) / sizeof(float), WIDTH = (N) * EACH, AT_ONCE = TURNS };                           \
         for (int64_t r = 0; r < rows; r++, sums += WIDTH) {                                                            \
             VECTOR sum[AT_ONCE][N];                                                                                    \
             for (int i = 0; i < N; i++)                                                                                \
@@ -36,8 +39,7 @@
                 *(VECTOR *)(sums + i * EACH) = sum[0][i];                                                              \
         }                                                                                                              \
     }
-/* As many sums at a time as hide how long a sum takes, and no more than there are registers. */
-#define ROWS_OF(NAME, ...) ROWS(NAME, __VA_ARGS__)
+#define ROWS_OF(NAME, ...) ROWS(NAME, __VA_ARGS__) /* for EIGHTS, which are two arguments */
 ROWS(rows_1, float, 1, 4)
 ROWS(rows_4, quad, 1, 4)
 ROWS_OF(rows_8, EIGHTS(1), 4)
@@ -146,9 +148,8 @@ FEW_ROWS(4, 2)
 /* Spreading costs the same however many zeros there are; what rows_4 does costs more, the more values there are. */
 static int few(const Job *job)
 {
-    int64_t blocks = (job->inputs + job->block - 1) / job->block;
-    return job->tokens == 1 ||
-           (job->tokens <= FEW && job->tokens * job->inputs * job->outputs <= 10 * (int64_t)job->starts[blocks * job->outputs]);
+    int64_t values = job->starts[block_count(job) * job->outputs];
+    return job->tokens == 1 || (job->tokens <= FEW && job->tokens * job->inputs * job->outputs <= 10 * values);
 }
 
 static void few_part(void *data, size_t index)

@@ -49,11 +49,23 @@ static void in_turn(void *context, Task task, size_t count, void *data)
         task(data, i);
 }
 
+/* Multiplications below which waking other threads takes longer than they save. */
+#define LEAST_TO_SHARE (1 << 15)
+
+static int64_t values_of(const Job *job)
+{
+    return job->words != NULL ? job->inputs * job->outputs / 2 : job->starts[block_count(job) * job->outputs];
+}
+
 /* x (tokens, inputs), y (tokens, outputs). run calls task(data, i) for every i below count, in any order. */
 static void sparse_linear(Job job, int64_t threads, Parallel run, void *context)
 {
     if (job.tokens <= 0 || job.outputs <= 0)
         return;
+    if (threads <= 1 || values_of(&job) * job.tokens < LEAST_TO_SHARE) {
+        threads = 1;
+        run = in_turn;
+    }
     job.tile_count = (job.tokens + TILE - 1) / TILE;
     int64_t parts = threads > 1 ? (4 * threads + job.tile_count - 1) / job.tile_count : 1;
     job.part = ((job.outputs + parts - 1) / parts + STEP - 1) / STEP * STEP;

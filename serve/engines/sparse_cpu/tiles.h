@@ -14,8 +14,8 @@
 #define BYTES 16
 #endif
 #define LANES (BYTES / 4)
-#define STEP 16
-#define TILE 64
+#define STEP 16 /* what widths of whole vectors and parts of the outputs are multiples of */
+#define TILE 64 /* tokens */
 #define SUMS (256 * TILE) /* floats that hold what a part of the outputs has summed up so far */
 
 typedef float vec __attribute__((vector_size(BYTES), aligned(4)));
