@@ -1,4 +1,4 @@
-"""Prompt latency and tokens a second of a GPT-2 with its cache: dense, with zeros, and half of its multiply-adds removed.
+"""Prompt latency and tokens a second of a GPT-2 with its cache: dense, with zeros, and with heads and neurons removed.
 
     python -m benchmarks.generation --artifacts dense 2of4 structured   writes generation_cpu_<yyyymm>.json
     python -m benchmarks.generation --engine onnxruntime-sparse         zeros skipped on a processor
