@@ -22,7 +22,8 @@ from serve.engines._sparse_layout import ENOUGH
 MULTIPLIED = "ONNX Runtime has no sparse kernel for {operator}: it multiplies zeros like any other number"
 UNSEEN = "the runtime's optimizer merged it into another tensor, so that its time cannot be told apart"
 ADVICE = {
-    "2:4": "a GPU's 2:4 kernels (TensorRT with a 1x1 convolution, cuSPARSELt), at sizes where they pay",
+    "2:4": "on a processor --engine onnxruntime-sparse; on a GPU 2:4 kernels (TensorRT with a 1x1 convolution, "
+    "cuSPARSELt), at sizes where they pay",
     None: f"on a processor --engine onnxruntime-sparse, {ENOUGH}; or remove whole heads and neurons "
     "(--pattern structured), which is faster on every runtime",
 }

@@ -23,7 +23,6 @@ from serve.engines._sparse_library import sparse_library
 SMALLEST = 2**10
 """Entries of a weight from which on it is worth the trouble."""
 DOMAIN, ANYWHERE, TWO_OF_FOUR = "pst", "SparseLinear", "TwoOfFourLinear"
-OPERATORS = (ANYWHERE, TWO_OF_FOUR)
 OLDEST = (1, 18)
 """Version of ONNX Runtime that has all functions which the operator calls."""
 CHOSEN = "{kernel} of this package multiplied the {share:.0%} that are not zero, and nothing else"
@@ -185,7 +184,7 @@ def _vector(graph: GraphView, name: str, length: int) -> str:
 
 def _replace(graph: GraphView, product: _Product, *, threads: int) -> tuple[str, str]:
     """Put an operator in the place of *product*: which, and the initializer with the weights that are not zero."""
-    weight, name = product.weight, product.node.input[1]
+    weight, name = np.ascontiguousarray(product.weight), product.node.input[1]
     operator, attributes, made_of = ANYWHERE, {"threads": threads}, {}
     if np.count_nonzero(weight) > DENSEST_OF_FEW * weight.size and is_two_of_four(weight):
         operator, made_of = TWO_OF_FOUR, as_two_of_four(weight)

@@ -140,7 +140,7 @@ def test_layers_of_a_kind_are_one_row(found: tuple[Receipt, ...]) -> None:
     assert share == pytest.approx(found[1].layers_ms / found[1].total_ms, abs=0.01)
     text = summary(found[1])
     assert "ONNX Runtime has no sparse kernel" in text
-    assert "What would use these zeros: a GPU's 2:4 kernels" in text
+    assert "What would use these zeros: on a processor --engine onnxruntime-sparse; on a GPU 2:4 kernels" in text
 
 
 def test_receipts_are_read_back(found: tuple[Receipt, ...]) -> None:

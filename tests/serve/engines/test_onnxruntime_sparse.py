@@ -235,10 +235,12 @@ def test_the_graph_computes_what_the_file_does(kind: str, threads: int, tmp_path
             np.testing.assert_allclose(got, expected, atol=1e-4)
 
 
-def test_threads_change_no_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tokens", [1, 3, 12, 300])
+@pytest.mark.parametrize("weight", [_weight(500, 400, density=0.25), _two_of_four(500, 400)], ids=["anywhere", "2:4"])
+def test_threads_change_no_bit(weight: "np.ndarray[Any, Any]", tokens: int, tmp_path: Path) -> None:
     file, found = tmp_path / "model.onnx", []
-    onnx.save(_model([MATMUL], {"w": SPARSE.T}, shape=["n", 64], outputs=["y"]), str(file))
-    x = np.random.default_rng(0).standard_normal((300, 64), np.float32)
+    onnx.save(_model([MATMUL], {"w": weight.T}, shape=["n", 400], outputs=["y"]), str(file))
+    x = np.random.default_rng(0).standard_normal((tokens, 400), np.float32)
     for threads in (1, 2, 5):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
@@ -246,6 +248,7 @@ def test_threads_change_no_bit(tmp_path: Path) -> None:
         session = onnxruntime.InferenceSession(sparse_graph(file, threads=threads).content, options)
         found.append(session.run(None, {"x": x})[0])
     assert found[0].tobytes() == found[1].tobytes() == found[2].tobytes()
+    np.testing.assert_allclose(found[0], x.astype(np.float64) @ weight.T, atol=1e-4)
 
 
 def test_what_cannot_be_rewritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
