@@ -97,7 +97,8 @@ def test_each_command_prints_its_result_alone_to_stdout(tiny_bert: Path, reviews
     exported = pst("export", run, "--output", artifact)
     assert exported.out == f"{artifact}: unstructured, 50.0% zeros, opset 17\n"
     assert "Outputs agree with PyTorch" in exported.err
-    benched = pst("bench", artifact, "--shapes", "1x8", "--runs", "2", "--output", tmp_path / "report")
+    options = ("--shapes", "1x8", "--runs", "2", "--engine", "onnxruntime", "--output", tmp_path / "report")
+    benched = pst("bench", artifact, *options)
     assert "p50" in benched.out
     assert benched.err == ""
 

@@ -95,7 +95,9 @@ class OnnxRuntimeEngine(Closing):
         self._sparse: SparseGraph | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         if variant == "sparse":
-            self._sparse = self._sparse_graph()
+            self._sparse = sparse_graph(file, threads=threads)
+            count = len(self._sparse.held) + len(self._sparse.too_dense)
+            note(f"{len(self._sparse.held)} of {count} products with weights of {file} skip zeros.")
         elif variant == "auto" and providers == [CPU]:
             self._sparse = self._sparse_graph_if_it_pays()
         self._session: Any = self._open_sparse(self._sparse) if self._sparse else self._open(str(file), False)
@@ -141,19 +143,13 @@ class OnnxRuntimeEngine(Closing):
             register(options, self._runtime)
         return options
 
-    def _sparse_graph(self) -> SparseGraph:
-        found = sparse_graph(self._file, threads=self.threads)
-        count = len(found.held) + len(found.too_dense)
-        note(f"{len(found.held)} of {count} products with weights of {self._file} skip zeros.")
-        return found
-
     def _sparse_graph_if_it_pays(self) -> SparseGraph | None:
         """Where export.json tells of weights that are sparse enough, and the kernels can be had; else why not."""
         if not may_skip_zeros(self._file.parent):
             return None
         try:
             sparse_library()
-            return self._sparse_graph()
+            return sparse_graph(self._file, threads=self.threads)
         except EngineError as error:
             note(f"Zeros are multiplied like any other number. {error}")
             return None

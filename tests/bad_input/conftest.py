@@ -16,6 +16,10 @@ TRAIN = ("--sparsity", "0.5", "--steps", "4", "--set", "batch_size=8", "--set", 
 LONGEST = 500  # characters: three lines of a wide terminal, with pytest's long paths
 
 
+NO_COMPILER = "Zeros are multiplied like any other number."
+"""What is said before anything else on a machine where the kernels that skip them cannot be compiled."""
+
+
 @pytest.fixture(scope="session")
 def model(sparse_model: Callable[..., Path]) -> Path:
     """A 2:4 model folder. Read only."""
@@ -66,7 +70,7 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Refused:
     def check(*arguments: str | Path, says: str | tuple[str, ...], runs_until_failure: bool = False) -> str:
         before = snapshot(tmp_path)
         outcome = pst(*arguments)
-        lines = outcome.err.splitlines()
+        lines = [line for line in outcome.err.splitlines() if not line.startswith(NO_COMPILER)]
         message = lines[-1] if lines else ""
         assert outcome.code == 2, outcome
         assert outcome.out == ""
