@@ -17,12 +17,12 @@ from pst.errors import ArtifactError, EngineError
 from serve.engines import PAST, Array, LayerTime, Verdict
 from serve.engines._graph_view import LARGEST, DiffersError, GraphView, drop_unused
 from serve.engines._onnxruntime_profile import OnnxRuntimeProfiler
-from serve.engines._sparse_layout import DENSEST_OF_FEW, as_two_of_four, block_of, densest, in_blocks, is_two_of_four
+from serve.engines._sparse_layout import ANYWHERE, as_two_of_four, block_of, densest, form_of, in_blocks
 from serve.engines._sparse_library import sparse_library
 
 SMALLEST = 2**10
 """Entries of a weight from which on it is worth the trouble."""
-DOMAIN, ANYWHERE, TWO_OF_FOUR = "pst", "SparseLinear", "TwoOfFourLinear"
+DOMAIN = "pst"
 OLDEST = (1, 18)
 """Version of ONNX Runtime that has all functions which the operator calls."""
 CHOSEN = "{kernel} of this package multiplied the {share:.0%} that are not zero, and nothing else"
@@ -109,8 +109,9 @@ def sparse_graph(model: Path | bytes, *, threads: int, few: bool = False) -> Spa
         except DiffersError:
             continue
         name, share = str(node.input[1]), np.count_nonzero(product.weight) / product.weight.size
-        if share <= densest(few=found.few) or is_two_of_four(product.weight):
-            found.operators[name], found.held[name] = _replace(graph, product, threads=threads)
+        if operator := form_of(product.weight, share, few=found.few):
+            found.operators[name] = operator
+            found.held[name] = _replace(graph, product, operator, block=block_of(share), threads=threads)
         else:
             found.too_dense[name] = share
     if not found.held:
@@ -182,15 +183,12 @@ def _vector(graph: GraphView, name: str, length: int) -> str:
     return name
 
 
-def _replace(graph: GraphView, product: _Product, *, threads: int) -> tuple[str, str]:
-    """Put an operator in the place of *product*: which, and the initializer with the weights that are not zero."""
+def _replace(graph: GraphView, product: _Product, operator: str, *, block: int, threads: int) -> str:
+    """Put *operator* in the place of *product*; the name of the initializer with the weights that are not zero."""
     weight, name = np.ascontiguousarray(product.weight), product.node.input[1]
-    operator, attributes, made_of = ANYWHERE, {"threads": threads}, {}
-    if np.count_nonzero(weight) > DENSEST_OF_FEW * weight.size and is_two_of_four(weight):
-        operator, made_of = TWO_OF_FOUR, as_two_of_four(weight)
-    else:
-        attributes["block"] = block_of(weight)
-        made_of = in_blocks(weight, attributes["block"])
+    is_anywhere = operator == ANYWHERE
+    made_of = in_blocks(weight, block) if is_anywhere else as_two_of_four(weight)
+    attributes = {"threads": threads} | ({"block": block} if is_anywhere else {})
     parts = {f"{name}.{part}": value for part, value in made_of.items()}
     if not product.bias:
         parts[f"{name}.no_bias"] = np.zeros(len(weight), np.float32)
@@ -203,4 +201,4 @@ def _replace(graph: GraphView, product: _Product, *, threads: int) -> tuple[str,
     )
     product.node.Clear()  # where it was, an operator that nothing reads would stay: drop_unused takes it out
     product.last.CopyFrom(made)
-    return operator, f"{name}.values"
+    return f"{name}.values"

@@ -6,10 +6,14 @@ import numpy as np
 
 from serve.engines import Array
 
+ANYWHERE, TWO_OF_FOUR = "SparseLinear", "TwoOfFourLinear"
+"""The operators: for zeros anywhere, and in 2:4."""
 DENSEST = 0.55
 """Share of a weight that is not zero, up to which skipping the zeros is faster on the processors that were tried."""
 DENSEST_OF_FEW = 0.35
 """The same for a model that reads one token or a few at a time. In 2:4 it is faster with half of them."""
+HALF = 2 / 4
+"""The share of a weight in 2:4."""
 ENOUGH = f"from {1 - DENSEST:.0%} zeros on"
 BLOCK, WIDE_BLOCK, WIDE_UP_TO = 128, 256, 0.25
 """Inputs of a block: 64 tokens of it fit the first cache; of a weight with fewer values the rows would be too short."""
@@ -28,9 +32,16 @@ def densest(*, few: bool) -> float:
     return DENSEST_OF_FEW if few else DENSEST
 
 
-def block_of(weight: Array) -> int:
-    """Inputs of each block of a *weight* (outputs, inputs) in which its rows are multiplied."""
-    return WIDE_BLOCK if np.count_nonzero(weight) < WIDE_UP_TO * weight.size else BLOCK
+def form_of(weight: Array, share: float, *, few: bool) -> str:
+    """The operator that is faster than dense for *weight* (outputs, inputs), of which *share* is not zero, or empty."""
+    if DENSEST_OF_FEW < share <= HALF and is_two_of_four(weight):
+        return TWO_OF_FOUR
+    return ANYWHERE if share <= densest(few=few) else ""
+
+
+def block_of(share: float) -> int:
+    """Inputs of each block in which the rows of a weight are multiplied, of which *share* is not zero."""
+    return WIDE_BLOCK if share < WIDE_UP_TO else BLOCK
 
 
 def in_blocks(weight: Array, block: int) -> dict[str, Array]:

@@ -5,11 +5,13 @@
    so fits into one byte. Of a few tokens the time is that of reading W, and of finding out where the next value belongs:
    for them masks say it, a byte for eight inputs of a row, in the order of the values. */
 
-static int64_t block_count(const Job *job) { return (job->inputs + job->block - 1) / job->block; }
+static int64_t value_count(const Job *job)
+{
+    return job->starts[(job->inputs + job->block - 1) / job->block * job->outputs];
+}
 
 /* NAME: rows of one block of W, times that block of a tile of N vectors' width, added to sums (rows, width). Each row is
-   summed up in TURNS turns, so that there are enough sums for the processor to work at all the time, and no more than it
-   has registers for. */
+   summed up in TURNS turns. */
 #define ROWS(NAME, VECTOR, N, TURNS)                                                                                   \
     static void NAME(const float *x, const float *values, const uint8_t *columns, const int32_t *starts, int64_t rows, \
                      float *sums)                                                                                      \
@@ -39,17 +41,9 @@ static int64_t block_count(const Job *job) { return (job->inputs + job->block - 
                 *(VECTOR *)(sums + i * EACH) = sum[0][i];                                                              \
         }                                                                                                              \
     }
-#define ROWS_OF(NAME, ...) ROWS(NAME, __VA_ARGS__) /* for EIGHTS, which are two arguments */
-ROWS(rows_1, float, 1, 4)
-ROWS(rows_4, quad, 1, 4)
-ROWS_OF(rows_8, EIGHTS(1), 4)
-ROWS_OF(rows_24, EIGHTS(3), 2)
-ROWS_OF(rows_40, EIGHTS(5), 2)
-ROWS_OF(rows_56, EIGHTS(7), 1)
-ROWS(rows_16, vec, STEP / LANES, 4 * LANES / STEP)
-ROWS(rows_32, vec, 2 * STEP / LANES, 2 * LANES / STEP > 0 ? 2 * LANES / STEP : 1)
-ROWS(rows_48, vec, 3 * STEP / LANES, 1)
-ROWS(rows_64, vec, 4 * STEP / LANES, 1)
+#define DEFINE(WIDTH, VECTOR, N, TURNS, R) ROWS(rows_##WIDTH, VECTOR, N, TURNS)
+WIDTHS(DEFINE)
+#undef DEFINE
 
 /* Add the products of the outputs from first to last with one tile to sums (outputs, width). */
 static void multiply_anywhere(const Job *job, const float *tile, int64_t width, int64_t first, int64_t last, float *sums)
@@ -58,20 +52,13 @@ static void multiply_anywhere(const Job *job, const float *tile, int64_t width, 
         const float *x = tile + b * job->block * width;
         const int32_t *starts = job->starts + b * job->outputs + first;
         switch (width) {
-        case 1: rows_1(x, job->values, job->columns, starts, last - first, sums); break;
-        case 4: rows_4(x, job->values, job->columns, starts, last - first, sums); break;
-        case 8: rows_8(x, job->values, job->columns, starts, last - first, sums); break;
-        case 16: rows_16(x, job->values, job->columns, starts, last - first, sums); break;
-        case 24: rows_24(x, job->values, job->columns, starts, last - first, sums); break;
-        case 32: rows_32(x, job->values, job->columns, starts, last - first, sums); break;
-        case 40: rows_40(x, job->values, job->columns, starts, last - first, sums); break;
-        case 48: rows_48(x, job->values, job->columns, starts, last - first, sums); break;
-        case 56: rows_56(x, job->values, job->columns, starts, last - first, sums); break;
-        default: rows_64(x, job->values, job->columns, starts, last - first, sums);
+#define CASE(WIDTH, VECTOR, N, TURNS, R) \
+    case WIDTH: rows_##WIDTH(x, job->values, job->columns, starts, last - first, sums); break;
+            WIDTHS(CASE)
+#undef CASE
         }
     }
 }
-
 
 #if defined(__AVX2__)
 #define FEW 4 /* tokens at most */
@@ -148,8 +135,8 @@ FEW_ROWS(4, 2)
 /* Spreading costs the same however many zeros there are; what rows_4 does costs more, the more values there are. */
 static int few(const Job *job)
 {
-    int64_t values = job->starts[block_count(job) * job->outputs];
-    return job->tokens == 1 || (job->tokens <= FEW && job->tokens * job->inputs * job->outputs <= 10 * values);
+    return job->tokens == 1 ||
+           (job->tokens <= FEW && job->tokens * job->inputs * job->outputs <= 10 * value_count(job));
 }
 
 static void few_part(void *data, size_t index)

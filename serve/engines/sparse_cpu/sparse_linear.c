@@ -24,13 +24,13 @@ static void multiply_part(void *data, size_t index)
     int64_t tile = (int64_t)index / job->parts, first = (int64_t)index % job->parts * job->part;
     int64_t last = first + job->part < job->outputs ? first + job->part : job->outputs;
     int64_t tokens = tokens_of(job, tile), width = width_of(job, tile), room = SUMS / width / GROUP * GROUP;
+    const float *x = job->tiles + tile * TILE * job->inputs;
     float sums[SUMS] __attribute__((aligned(64)));
     for (int64_t i = first; i < last; i += room) {
         int64_t end = i + room < last ? i + room : last;
         for (int64_t r = i; r < end; r++)
             for (int64_t t = 0; t < width; t++)
                 sums[(r - i) * width + t] = job->bias[r];
-        const float *x = job->tiles + tile * TILE * job->inputs;
         if (job->words != NULL)
             multiply_2of4(job, x, width, i, end, sums);
         else
@@ -52,17 +52,13 @@ static void in_turn(void *context, Task task, size_t count, void *data)
 /* Multiplications below which waking other threads takes longer than they save. */
 #define LEAST_TO_SHARE (1 << 15)
 
-static int64_t values_of(const Job *job)
-{
-    return job->words != NULL ? job->inputs * job->outputs / 2 : job->starts[block_count(job) * job->outputs];
-}
-
 /* x (tokens, inputs), y (tokens, outputs). run calls task(data, i) for every i below count, in any order. */
 static void sparse_linear(Job job, int64_t threads, Parallel run, void *context)
 {
     if (job.tokens <= 0 || job.outputs <= 0)
         return;
-    if (threads <= 1 || values_of(&job) * job.tokens < LEAST_TO_SHARE) {
+    int64_t values = job.words != NULL ? job.inputs * job.outputs / 2 : value_count(&job);
+    if (threads <= 1 || values * job.tokens < LEAST_TO_SHARE) {
         threads = 1;
         run = in_turn;
     }

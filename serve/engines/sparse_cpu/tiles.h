@@ -22,10 +22,27 @@ typedef float vec __attribute__((vector_size(BYTES), aligned(4)));
 typedef float quad __attribute__((vector_size(16), aligned(4)));
 #if BYTES >= 32
 typedef float eight __attribute__((vector_size(32), aligned(4)));
-#define EIGHTS(N) eight, N
 #else
-#define EIGHTS(N) quad, 2 * N
+typedef quad eight; /* half of them */
 #endif
+#define EIGHTS (32 / (int)sizeof(eight))
+#define VECS (STEP / LANES)
+
+/* X(WIDTH, VECTOR, N, TURNS, R): the widths of tiles, each of N vectors, and into how many sums a row is split (TURNS) or
+   how many rows are multiplied together (R), so that there are enough sums for the processor to work at all the time and no
+   more than it has registers for. */
+#define WIDTHS(X)                                                                                                      \
+    X(1, float, 1, 4, 4)                                                                                               \
+    X(4, quad, 1, 4, 4)                                                                                                \
+    X(8, eight, EIGHTS, 4, 4)                                                                                          \
+    X(16, vec, VECS, (VECS < 4 ? 4 / VECS : 1), 4)                                                                     \
+    X(24, eight, 3 * EIGHTS, 2, 2)                                                                                     \
+    X(32, vec, 2 * VECS, (VECS < 2 ? 2 : 1), (VECS < 2 ? 4 : 2))                                                       \
+    X(40, eight, 5 * EIGHTS, 2, 2)                                                                                     \
+    X(48, vec, 3 * VECS, 1, (VECS < 2 ? 2 : 1))                                                                        \
+    X(56, eight, 7 * EIGHTS, 1, 1)                                                                                     \
+    X(64, vec, 4 * VECS, 1, (VECS < 2 ? 2 : 1))
+
 typedef int32_t pick __attribute__((vector_size(16)));
 
 #if defined(__clang__)

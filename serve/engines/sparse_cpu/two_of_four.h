@@ -26,8 +26,8 @@ static Block block_at(const Job *job, int64_t from)
 }
 
 /* NAME: rows from first to last of a block of W, which begin a group, times that block x of a tile of N vectors' width,
-   added to sums (rows, width). R rows at once, so that there are enough sums for the processor to work at all the time;
-   of the last group perhaps rows that only pad it. Meanwhile a part of the next group's values is fetched. */
+   added to sums (rows, width). R rows at once, of the last group perhaps some that only pad it; meanwhile a part of the
+   next group's values is fetched. */
 #define ROWS_2OF4(NAME, VECTOR, N, R)                                                                                  \
     static void NAME(const Block *block, const float *x, int64_t first, int64_t last, float *sums)                     \
     {                                                                                                                  \
@@ -61,22 +61,9 @@ static Block block_at(const Job *job, int64_t from)
                     *(VECTOR *)(sums + q * WIDTH + i * EACH) = sum[q][i];                                              \
         }                                                                                                              \
     }
-#define ROWS_2OF4_OF(NAME, ...) ROWS_2OF4(NAME, __VA_ARGS__)
-#if LANES == STEP
-#define AT_ONCE(WIDTH) (WIDTH > 32 ? 2 : 4)
-#else
-#define AT_ONCE(WIDTH) (WIDTH > 32 ? 1 : WIDTH > 16 ? 2 : 4)
-#endif
-ROWS_2OF4(rows_2of4_1, float, 1, 4)
-ROWS_2OF4(rows_2of4_4, quad, 1, 4)
-ROWS_2OF4_OF(rows_2of4_8, EIGHTS(1), 4)
-ROWS_2OF4_OF(rows_2of4_24, EIGHTS(3), 2)
-ROWS_2OF4_OF(rows_2of4_40, EIGHTS(5), 2)
-ROWS_2OF4_OF(rows_2of4_56, EIGHTS(7), 1)
-ROWS_2OF4(rows_2of4_16, vec, STEP / LANES, AT_ONCE(16))
-ROWS_2OF4(rows_2of4_32, vec, 2 * STEP / LANES, AT_ONCE(32))
-ROWS_2OF4(rows_2of4_48, vec, 3 * STEP / LANES, AT_ONCE(48))
-ROWS_2OF4(rows_2of4_64, vec, 4 * STEP / LANES, AT_ONCE(64))
+#define DEFINE(WIDTH, VECTOR, N, TURNS, R) ROWS_2OF4(rows_2of4_##WIDTH, VECTOR, N, R)
+WIDTHS(DEFINE)
+#undef DEFINE
 
 /* As multiply_anywhere. */
 static void multiply_2of4(const Job *job, const float *tile, int64_t width, int64_t first, int64_t last, float *sums)
@@ -85,24 +72,15 @@ static void multiply_2of4(const Job *job, const float *tile, int64_t width, int6
         const Block at = block_at(job, from), *block = &at;
         const float *x = tile + from * width;
         switch (width) {
-        case 1: rows_2of4_1(block, x, first, last, sums); break;
-        case 4: rows_2of4_4(block, x, first, last, sums); break;
-        case 8: rows_2of4_8(block, x, first, last, sums); break;
-        case 16: rows_2of4_16(block, x, first, last, sums); break;
-        case 24: rows_2of4_24(block, x, first, last, sums); break;
-        case 32: rows_2of4_32(block, x, first, last, sums); break;
-        case 40: rows_2of4_40(block, x, first, last, sums); break;
-        case 48: rows_2of4_48(block, x, first, last, sums); break;
-        case 56: rows_2of4_56(block, x, first, last, sums); break;
-        default: rows_2of4_64(block, x, first, last, sums);
+#define CASE(WIDTH, VECTOR, N, TURNS, R) case WIDTH: rows_2of4_##WIDTH(block, x, first, last, sums); break;
+            WIDTHS(CASE)
+#undef CASE
         }
     }
 }
 
 #if defined(__AVX2__)
-#ifndef DIRECT
 #define DIRECT 12 /* tokens at most */
-#endif
 #if defined(__AVX512F__)
 typedef __m512 lanes;
 typedef __m512i bits;
@@ -136,7 +114,7 @@ enum { ROWS_AT_ONCE = sizeof(lanes) / sizeof(float) };
         lanes sum[2][N];                                                                                               \
         for (int t = 0; t < N; t++) {                                                                                  \
             sum[0][t] = LOAD(sums + t * GROUP);                                                                        \
-            sum[1][t] = sum[0][t] - sum[0][t];                                                                         \
+            sum[1][t] = (lanes){0};                                                                                    \
         }                                                                                                              \
         for (int64_t left = block->size; left > 0; left -= WORD, words += GROUP) {                                     \
             bits first = LOAD_BITS(words);                                                                             \

@@ -24,8 +24,8 @@ from serve.bench.receipt import receipts
 from serve.bench.workload import random_workload
 from serve.engines import Engine, _sparse_library, open_engine
 from serve.engines import _onnxruntime_sparse as module
-from serve.engines._onnxruntime_sparse import ANYWHERE, CHOSEN, TWO_OF_FOUR, register, sparse_graph
-from serve.engines._sparse_layout import DENSEST, DENSEST_OF_FEW, as_two_of_four, in_blocks
+from serve.engines._onnxruntime_sparse import CHOSEN, register, sparse_graph
+from serve.engines._sparse_layout import ANYWHERE, DENSEST, DENSEST_OF_FEW, TWO_OF_FOUR, as_two_of_four, in_blocks
 from serve.engines._sparse_library import COMPILERS, OPTIONS, SOURCE, sparse_library
 from serve.engines.onnxruntime import OnnxRuntimeEngine
 from serve.generate import Generator
@@ -133,6 +133,16 @@ def test_the_product_in_2of4_is_that_of_numpy(compiled: Callable[..., Path], tok
         expected = x.astype(np.float64) @ weight.T + bias
         found = _multiply(x, weight, bias, library=library, block=0)
         np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("block", [64, 0])
+@pytest.mark.parametrize("tokens", [1, 4, 9, 70])
+def test_a_sum_that_is_infinite_stays_so(compiled: Callable[..., Path], tokens: int, block: int) -> None:
+    """Of 300 inputs the first makes it infinite, in the first block of several."""
+    weight, x = np.zeros((20, 300), np.float32), np.ones((tokens, 300), np.float32)
+    weight[:, 0], weight[:, 299], x[:, 0] = 1e30, 1, 1e30
+    found = _multiply(x, weight, np.zeros(20, np.float32), library=compiled(), block=block)
+    assert np.isposinf(found).all()
 
 
 @pytest.mark.parametrize("block", [64, 0])
