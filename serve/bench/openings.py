@@ -33,11 +33,9 @@ class Opening:
     runs: int
     precision: float
     timings: list[Timing] = field(default_factory=list)
-    """Of each workload."""
+    """Of each workload; of fewer, where Ctrl-C ended it."""
     stopped: list[Stopped] = field(default_factory=list)
     energy: list[dict[str, Energy | None]] = field(default_factory=list)
-    interrupted: bool = False
-    """Whether Ctrl-C ended it behind the workloads that *timings* has."""
     layers: dict[str, tuple[LayerTimes, ...]] = field(default_factory=dict)
     """By artifact, the layers that its engine timed when it was opened, to choose which run sparse."""
 
@@ -66,7 +64,6 @@ class Opening:
             except KeyboardInterrupt:
                 if not index:
                     raise
-                self.interrupted = True
                 for kept in (self.timings, self.stopped, self.energy):
                     del kept[index:]
                 return

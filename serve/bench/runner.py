@@ -118,10 +118,10 @@ def bench(
             )
             budget_s = max(0.0, budget_s - one.seconds)
             taken.append(one)
-            if one.interrupted:
+            measured = len(one.timings)
+            if measured < len(workloads):  # interrupted
                 if openings > 1:
                     raise KeyboardInterrupt  # of openings that differ in what they measured nothing can be said
-                measured = len(one.timings)
                 workloads, unmeasured = workloads[:measured], [each.name for each in workloads[measured:]]
         measurements, stopped = together(taken, workloads)
         accuracy: dict[str, Accuracy] = {}
