@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from unittest import mock
 import cli
 
 ROOT = Path(cli.__file__).resolve().parent
+NO_COMPILER = "Zeros are multiplied like any other number."
+"""What is said before anything else on a machine where the kernels that skip them cannot be compiled."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +58,17 @@ def environment(**more: str) -> dict[str, str]:
     """For a process that finds this project's modules from any folder, on one thread."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", **more}
+
+
+def ready_url(process: "subprocess.Popen[str]") -> str:
+    """The address that ``pst serve`` announces in the first line of its stderr."""
+    assert process.stderr is not None
+    line = process.stderr.readline()
+    if line.startswith(NO_COMPILER):
+        line = process.stderr.readline()
+    found = re.fullmatch(r"Serving (\S+) at (http://\S+:\d+)\n", line)
+    assert found, line
+    return found[2]
 
 
 def command(*arguments: str | Path) -> list[str]:

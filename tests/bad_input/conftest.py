@@ -9,15 +9,11 @@ from typing import Any
 
 import pytest
 
-from ..command_line import done, interrupted_run, pst, snapshot
+from ..command_line import NO_COMPILER, done, interrupted_run, pst, snapshot
 
 Refused = Callable[..., str]
 TRAIN = ("--sparsity", "0.5", "--steps", "4", "--set", "batch_size=8", "--set", "r1=2", "--set", "r2=2")
 LONGEST = 500  # characters: three lines of a wide terminal, with pytest's long paths
-
-
-NO_COMPILER = "Zeros are multiplied like any other number."
-"""What is said before anything else on a machine where the kernels that skip them cannot be compiled."""
 
 
 @pytest.fixture(scope="session")

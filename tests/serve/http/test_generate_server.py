@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from pst.errors import EngineError
 from serve.generate import Generator
 from serve.http.client import ask, generate
 
+from ...command_line import ready_url
 from ...conftest import BAD, FILLER, GOOD
 from ...decoders import KINDS
 
@@ -35,14 +35,7 @@ def served(artifact: Path, *options: object) -> Iterator[tuple["subprocess.Popen
         command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
     try:
-        assert process.stderr is not None
-        said = []
-        while (
-            found := re.fullmatch(r"Serving (\S+) at (http://\S+:\d+)\n", line := process.stderr.readline())
-        ) is None:
-            said.append(line)
-            assert line, said
-        yield process, found[2]
+        yield process, ready_url(process)
     finally:
         process.kill() if process.poll() is None else None
         process.communicate()

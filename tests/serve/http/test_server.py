@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import re
 import shutil
 import signal
 import socket
@@ -24,6 +23,8 @@ from serve.http.client import ask
 from serve.http.process import running_server
 from serve.http.server import address_of, bind, serve
 
+from ...command_line import ready_url
+
 ROOT = Path(__file__).resolve().parents[3]
 
 
@@ -37,14 +38,6 @@ def started(*arguments: object) -> Iterator[subprocess.Popen[str]]:
         if process.poll() is None:
             process.kill()
         process.communicate()
-
-
-def ready_url(process: subprocess.Popen[str]) -> str:
-    assert process.stderr is not None
-    line = process.stderr.readline()
-    found = re.fullmatch(r"Serving (\S+) at (http://\S+:\d+)\n", line)
-    assert found, line
-    return found[2]
 
 
 def status_of(url: str) -> int:
