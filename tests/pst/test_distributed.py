@@ -1,4 +1,7 @@
-"""Two real processes (gloo) against one: the same masks, the same weights, the same metrics."""
+"""Two real processes against one: the same masks, the same weights, the same metrics.
+
+Over gloo on the processor, and over NCCL where there are two GPUs.
+"""
 
 import json
 import os
@@ -23,6 +26,9 @@ RAMP = {"sparsity_initial": 0.0, "sparsity_warmup": 0.1, "sparsity_cooldown": 0.
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
 LAUNCH += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]  # a free port
+
+NCCL = pytest.param("cuda", marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL needs two GPUs"))
+DEVICES = pytest.mark.parametrize("device", ["cpu", NCCL])
 
 MASKS = """
 import json, sys
@@ -83,9 +89,11 @@ def flags(model: Path, data: Path, **changes: Any) -> list[str]:
     return ["--model", str(model), "--data", str(data), "--sparsity", "0.5", "--steps", "40", *sets]
 
 
-def test_two_processes_do_what_one_does(still_bert: Path, reviews_file: Path, tmp_path: Path) -> None:
-    one = train(options(still_bert, reviews_file, **RAMP, steps=40, batch_size=9, eval_every=20), tmp_path / "one")
-    said = launched("-m", "cli", "train", *flags(still_bert, reviews_file, eval_every=20), "-o", str(tmp_path / "two"))
+@DEVICES
+def test_two_processes_do_what_one_does(still_bert: Path, reviews_file: Path, tmp_path: Path, device: str) -> None:
+    same = {"eval_every": 20, "device": device}
+    one = train(options(still_bert, reviews_file, **RAMP, **same, steps=40, batch_size=9), tmp_path / "one")
+    said = launched("-m", "cli", "train", *flags(still_bert, reviews_file, **same), "-o", str(tmp_path / "two"))
     assert said.count(f"{tmp_path / 'two' / 'model'}: accuracy") == 1  # one of them speaks
     assert report(tmp_path / "two")["processes"] == 2
     assert report(tmp_path / "two")["metrics"] == one.metrics
@@ -101,13 +109,14 @@ def test_two_processes_do_what_one_does(still_bert: Path, reviews_file: Path, tm
         assert other == pytest.approx(line, rel=1e-4) if "eval" not in line else other == line
 
 
-def test_masks_and_weights_stay_equal(tiny_bert: Path, reviews_file: Path, tmp_path: Path) -> None:
+@DEVICES
+def test_masks_and_weights_stay_equal(tiny_bert: Path, reviews_file: Path, tmp_path: Path, device: str) -> None:
     """With dropout, after every one of many steps, to the bit."""
     config = {"model": str(tiny_bert), "data": str(reviews_file), "sparsity": 0.6, "steps": 60, "batch_size": 8}
     script = tmp_path / "masks.py"
     script.write_text(MASKS)
-    launched(str(script), json.dumps(config | {"device": "cpu", "lr_scores": 0.05}), str(tmp_path))
-    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+    launched(str(script), json.dumps(config | {"device": device, "lr_scores": 0.05}), str(tmp_path))
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt", map_location="cpu") for rank in range(2))
     assert len(first) == len(second) == 61
     for one, other in zip(first, second, strict=True):
         assert one.keys() == other.keys()
@@ -117,9 +126,10 @@ def test_masks_and_weights_stay_equal(tiny_bert: Path, reviews_file: Path, tmp_p
     assert any(not torch.equal(first[30][name], first[60][name]) for name in masks)  # they did move
 
 
-def test_an_interrupted_pair_goes_on(tiny_bert: Path, reviews_file: Path, tmp_path: Path) -> None:
+@DEVICES
+def test_an_interrupted_pair_goes_on(tiny_bert: Path, reviews_file: Path, tmp_path: Path, device: str) -> None:
     """Dropout included: each process has its own random state in the checkpoint."""
-    arguments = flags(tiny_bert, reviews_file, checkpoint_every=0)
+    arguments = flags(tiny_bert, reviews_file, checkpoint_every=0, device=device)
     launched("-m", "cli", "train", *arguments, "-o", str(tmp_path / "whole"))
     output = tmp_path / "stopped"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
