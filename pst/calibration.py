@@ -4,8 +4,9 @@ A stage begins when the schedule asks for STEP fewer weights than the last one l
 
     1. H = X'X is summed over some training rows, for the inputs X of each prunable weight, in evaluation mode;
     2. each weight takes up its low-rank update: W0 := W0 + beta U V, V := 0;
-    3. masks are chosen with |W| Q in place of |W| (pst/compensation.py), at the stage's sparsity;
-    4. W0 becomes the compensated weight under its mask.
+    3. masks are chosen with |W| Q in place of |W|, at the stage's sparsity, and refined (pst/compensation.py);
+    4. W0 becomes the compensated weight under its mask. What is pruned is 0 from there on, so |W| Q keeps this mask
+       until updates or learned scores are larger than what stays.
 
 Under a plan (pst/plan.py) the sparsity of a stage is what no weight goes beyond: those that end below it are calibrated
 again at their own, as their inputs change with the stage. A stage is due by what the sparsest weights lose.
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pst.compensation import compensate, input_scale
+from pst.compensation import compensate, input_scale, refine
 from pst.distributed import Processes
 from pst.errors import ConfigError, ModelError
 from pst.masked_weight import MaskedLowRank, MaskedMagnitude
@@ -91,21 +92,28 @@ class Calibration:
         group.share_masks_(model)
         for part, piece, H in parts:
             try:
-                part.by_row(piece).copy_(self.compensated(part, part.by_row(piece), H))
+                part.by_row(piece).copy_(self.compensated(part, piece, H))
             except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
                 raise ModelError(
                     f"The inputs of a prunable weight cannot be used ({error}): training diverged, or the model came "
                     "so. Use a lower learning rate, another model, or --set calibration=0."
                 ) from error
             group.share_(piece)
+        group.share_masks_(model)
 
     def scale_(self, model: nn.Module, parts: list[Calibrated]) -> None:
         """Set Q of every matrix for the choice of the masks."""
         for part, _, H in parts:
             part.Q.copy_(input_scale(H))
 
-    def compensated(self, part: Adjustable, W: Tensor, H: Tensor) -> Tensor:
-        """W' (n, k) in place of *W*, once the mask of *part* is chosen."""
+    def compensated(self, part: Adjustable, piece: Tensor, H: Tensor) -> Tensor:
+        """W' (n, k) in place of *piece*, as stored, once the mask of *part* is chosen; refines the mask."""
+        W, zeros = part.by_row(piece), int((~part.mask).sum())
+        if zeros:
+            assert part.pattern is not None
+            pattern, learned = part.pattern, part.scores(piece) - W.abs() * part.Q
+            wanted = min((zeros + 0.5) / W.numel(), pattern.sparsity or 1.0)  # the half keeps the count exact
+            part.mask.copy_(refine(W, H, part.mask, lambda S: pattern.mask(S + learned, wanted, axis=1)))
         return compensate(W, H, part.mask)
 
 

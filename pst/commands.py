@@ -201,7 +201,7 @@ def prune(
         str | None, typer.Option(help="magnitude, or wanda, which looks at inputs too [wanda where --data is given].")
     ] = None,
     compensate: Annotated[
-        bool, typer.Option("--compensate", help="Adjust the weights that stay for those that go, as SparseGPT does.")
+        bool, typer.Option("--compensate", help="Adjust the weights that stay for those that go, by least squares.")
     ] = False,
     data: Annotated[
         str | None,

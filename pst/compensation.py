@@ -1,25 +1,32 @@
 """What the weights that stay can do for those that go: the layer's outputs on real inputs, kept as near as possible.
 
-With X (tokens, k) the inputs of a layer, H = X'X and W (n, k) its weight, minimize, for W' = 0 outside the mask,
+With X (tokens, k) the inputs of a layer, H = X'X and W (n, k) its weight, minimize
 
-    || X W' ' - X W' ||^2        row by row, so that all rows share H
+    || X W' ' - X W' ||^2 + lambda || W' - W ||^2        over W' = 0 outside the mask M, and over the masks of a pattern
 
-by the greedy order of SparseGPT (Frantar and Alistarh 2023, arXiv 2301.00774): the columns one after the other. With
-H_j the part of H for the columns j, j+1, ..., a row whose entry j is pruned changes by the optimal brain surgeon's step
+in two steps, as ALPS does (Meng et al. 2024, arXiv 2406.07831):
 
-    W[j:] -= W[j] / (H_j^-1)[0, 0] * (H_j^-1)[0, :]
+    refine       M by operator splitting (ADMM). Z = W M at the start, D = 0; then, as often as STEPS says, V is the
+                 minimum of the above over all W' plus rho || V - Z + D ||^2, M is chosen anew by the size of V + D,
+                 Z = (V + D) M, and D := D + V - Z. Columns are measured in units of their inputs' norm, and rho is 1.
+    compensate   W' for that M exactly, all rows at once, by conjugate gradients preconditioned with the diagonal.
 
-and then column j is settled. All these inverses are in one Cholesky factor: the upper U with U'U = H^-1 has
-(H_j^-1)[0, :] / sqrt((H_j^-1)[0, 0]) as its row j. The mask is given: any pattern, any scores.
+Arithmetic is float64, which a GPU does not round to TF32.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 DAMPING = 0.01
-"""Added to the diagonal of H, as a fraction of its mean: inputs that hardly vary would else make weights large."""
-BLOCK = 128
-"""Columns that are settled before what follows them is told."""
+"""lambda, as a fraction of the mean of the diagonal of H: inputs that hardly vary would else make weights large."""
+STEPS = 10
+"""Of ADMM. More of them hardly change the mask (LOG.md)."""
+MOST_STEPS = 60
+"""Of conjugate gradients, at most."""
+TOLERANCE = 1e-3
+"""Conjugate gradients end when the residual of each row is this fraction of its first."""
 
 
 @torch.no_grad()
@@ -28,29 +35,64 @@ def compensate(W: Tensor, H: Tensor, M: Tensor) -> Tensor:
 
     Raises ValueError where H is not finite.
     """
+    damped = _damped(H)
+    scale = damped.diagonal()
+    target = W.double()
+    made = target * M
+    residual = (target - made) @ damped * M
+    step = residual / scale
+    energy = first = (residual * step).sum(1)  # (n), of the residual in the norm of the preconditioner
+    for _ in range(MOST_STEPS):
+        if bool((energy <= TOLERANCE**2 * first).all()):
+            break
+        curved = step @ damped * M
+        length = _ratio(energy, (step * curved).sum(1))
+        made += length * step
+        residual -= length * curved
+        conditioned = residual / scale
+        before, energy = energy, (residual * conditioned).sum(1)
+        step = conditioned + _ratio(energy, before) * step
+    return made.to(W.dtype)
+
+
+@torch.no_grad()
+def refine(W: Tensor, H: Tensor, M: Tensor, choose: Callable[[Tensor], Tensor]) -> Tensor:
+    """A mask (n, k) under which ``compensate`` comes nearer to the outputs of *W* (n, k) than under *M*, its start.
+
+    *choose* makes a mask of scores (n, k), which are |W| Q for a weight that is not pruned yet, Q being input_scale(H).
+
+    Raises ValueError where *H* (k, k) is not finite, torch.linalg.LinAlgError where it has no inverse.
+    """
+    damped = _damped(H)
+    norm = damped.diagonal().sqrt()
+    scaled = damped / norm / norm.unsqueeze(1)
+    target = W.double() * norm
+    fixed = target @ scaled
+    scaled.diagonal().add_(1.0)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(scaled))
+    unit = norm.mean()
+    Z, D = target * M, torch.zeros_like(target)
+    for _ in range(STEPS):
+        V = (fixed + Z - D) @ inverse
+        D += V
+        M = choose((D.abs() / unit).to(W.dtype))
+        Z = D * M
+        D -= Z
+    return M
+
+
+def _ratio(above: Tensor, below: Tensor) -> Tensor:
+    """(n, 1); 0 for rows that have arrived."""
+    return torch.where(below > 0, above / below, 0.0).unsqueeze(1)
+
+
+def _damped(H: Tensor) -> Tensor:
+    """H + lambda, float64. Raises ValueError where H is not finite."""
     if not bool(torch.isfinite(H).all()):
         raise ValueError("second moments of the inputs hold NaN or infinity")
-    U = _factor(H).to(W.dtype)
-    k = W.shape[1]
-    columns, kept = W.T.clone(memory_format=torch.contiguous_format), M.T.contiguous()  # (k, n): a column is a row here
-    for begin in range(0, k, BLOCK):
-        end = min(begin + BLOCK, k)
-        lost = torch.zeros_like(columns[begin:end])
-        for j in range(begin, end):
-            lost[j - begin] = columns[j].masked_fill(kept[j], 0.0) / U[j, j]
-            columns[j + 1 : end].addr_(U[j, j + 1 : end], lost[j - begin], alpha=-1.0)
-        columns[end:].addmm_(U[begin:end, end:].T, lost, alpha=-1.0)
-    return columns.masked_fill_(~kept, 0.0).T.contiguous()
-
-
-def _factor(H: Tensor) -> Tensor:
-    """The upper triangular U with U'U = (H + damping)^-1, float64."""
     damped = H.double()
-    mean = damped.diagonal().mean()
-    damped = damped + torch.diag(torch.full_like(damped.diagonal(), float(DAMPING * mean) or 1.0))
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
-    return factor
+    mean = float(damped.diagonal().mean())
+    return damped + torch.diag(torch.full_like(damped.diagonal(), DAMPING * mean or 1.0))
 
 
 def input_scale(H: Tensor) -> Tensor:

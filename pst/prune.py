@@ -2,7 +2,7 @@
 
     magnitude   the smallest |W| go
     wanda       the smallest |W| times the norm of their input go (Sun et al. 2023, arXiv 2306.11695)
-    compensate  what stays is adjusted for what goes (SparseGPT, arXiv 2301.00774; see pst/compensation.py)
+    compensate  what stays is adjusted for what goes, by least squares (see pst/compensation.py)
 
 The inputs are those of the dense model on some rows of text, for all layers at once: a layer does not see what pruning
 did to those before it. How much a layer's outputs change on these rows is written down for each weight,

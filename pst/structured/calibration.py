@@ -34,9 +34,9 @@ class UnitCalibration(Calibration):
         """See scale_units_."""
         scale_units_(model, {part: (piece, H) for part, piece, H in parts})
 
-    def compensated(self, part: Adjustable, W: Tensor, H: Tensor) -> Tensor:
+    def compensated(self, part: Adjustable, piece: Tensor, H: Tensor) -> Tensor:
         """See compensate_unit."""
-        return compensate_unit(W, H, part.mask)
+        return compensate_unit(part.by_row(piece), H, part.mask)
 
 
 @torch.no_grad()
