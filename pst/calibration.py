@@ -3,7 +3,8 @@
 A stage begins when the schedule asks for STEP fewer weights than the last one left, and at the final sparsity. Then
 
     1. H = X'X is summed over some training rows, for the inputs X of each prunable weight, in evaluation mode;
-    2. each weight takes up its low-rank update: W0 := W0 + beta U V, V := 0;
+    2. each weight takes up its low-rank update where it stayed: W0 := M (W0 + beta U V), V := 0. The outputs stay as
+       they are: what U V holds for entries that are pruned never was part of them;
     3. masks are chosen with |W| Q in place of |W|, at the stage's sparsity, and refined (pst/compensation.py);
     4. W0 becomes the compensated weight under its mask. What is pruned is 0 from there on, so |W| Q keeps this mask
        until updates or learned scores are larger than what stays.
@@ -87,6 +88,7 @@ class Calibration:
         parts = [(part, piece, moments[module]) for part, piece, module in found]
         for part, piece, _ in parts:
             part.fold_(piece)
+            part.by_row(piece).mul_(part.mask)
         self.scale_(model, parts)
         set_sparsity_(model, sparsity, budget=self.budget)
         group.share_masks_(model)
