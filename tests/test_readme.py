@@ -98,16 +98,57 @@ def test_training_figures_are_those_of_the_committed_reports() -> None:
     assert len(found) == 10
     measured = {(f"{row['step_ms']['median']:.1f}", f"{row['peak_memory_bytes'] / 1e9:.2f}") for row in steps}
     assert set(found) <= measured
-    rows = json.loads((ROOT / "benchmarks/accuracy_h100_202611.json").read_text(encoding="utf-8"))["rows"]
-    means = {f"{row['mean']['value']['mean']:.1f} ± {row['mean']['value']['std']:.1f}" for row in rows}
-    quoted = re.findall(r"[\d.]+ ± [\d.]+", README)
-    assert len(quoted) == 10
-    assert set(quoted) <= means
+    quoted = re.findall(
+        r"^\| (.+?) \| ([\d.]+ ± [\d.]+) \|(?: ([\d.]+ ± [\d.]+) \| ([\d.]+ ± [\d.]+) \|)?", README, re.MULTILINE
+    )
+    expected = accuracies("accuracy_seeds_h100_202611") | {
+        "`pst --faithful`": accuracies("accuracy_h100_202611")["pst-faithful"]
+    }
+    assert {name: [mean for mean in means if mean] for name, *means in quoted} == {
+        "dense": expected["dense"],
+        "`pst`": expected["pst"],
+        "`magnitude`": expected["magnitude"],
+        "`pst --faithful`": expected["`pst --faithful`"],
+    }
     report = json.loads((ROOT / "benchmarks/gpt2_e2e_h100_202611.json").read_text(encoding="utf-8"))
     bleu = {row["name"]: f"{row['bleu_test']:.1f}" for row in report["results"]}
     sentence = re.search(r"test BLEU ([\d.]+) dense, ([\d.]+) at 50% and ([\d.]+) at 90%", README)
     assert sentence is not None
     assert sentence.groups() == (bleu["dense_longer"], bleu["pst_0.5"], bleu["pst_0.9"])
+
+
+COLUMNS = ("unstructured", 0.5), ("2:4", 0.5), ("unstructured", 0.9)
+"""Of README's table of accuracies."""
+
+
+def accuracies(name: str) -> dict[str, list[str]]:
+    """Of each method of a committed table, its means as README writes them: of dense one, of others by COLUMNS."""
+    rows = json.loads((ROOT / f"benchmarks/{name}.json").read_text(encoding="utf-8"))["rows"]
+    found = {(row["method"], row["pattern"], row["sparsity"]): row["mean"]["value"] for row in rows}
+    written = {shape: f"{mean['mean']:.1f} ± {mean['std']:.1f}" for shape, mean in found.items()}
+    methods = {method for method, *_ in found} - {"dense"}
+    return {"dense": [written["dense", "dense", 0.0]]} | {
+        method: [written[method, *shape] for shape in COLUMNS] for method in methods
+    }
+
+
+def test_what_is_lost_and_gained_is_that_of_the_committed_report() -> None:
+    rows = json.loads((ROOT / "benchmarks/accuracy_seeds_h100_202611.json").read_text(encoding="utf-8"))["rows"]
+    means = {(row["method"], row["pattern"], row["sparsity"]): row["mean"] for row in rows}
+    half, two_of_four, most = COLUMNS
+    sentence = " ".join(README.split())
+    ahead = re.search(
+        r"by ([\d.]+) points at 90% and ([\d.]+) at 2:4, both beyond chance, and by ([\d.]+) at 50%", sentence
+    )
+    lost = re.search(r"it loses ([\d.]+) points at 50%, ([\d.]+) at 2:4 and ([\d.]+) at 90%", sentence)
+    assert ahead is not None
+    assert lost is not None
+    for shape, gain in zip((most, two_of_four, half), ahead.groups(), strict=True):
+        difference = means["pst", *shape]["value"]["mean"] - means["magnitude", *shape]["value"]["mean"]
+        assert float(gain) == pytest.approx(difference, abs=0.051)
+    for shape, loss in zip((half, two_of_four, most), lost.groups(), strict=True):
+        assert float(loss) == pytest.approx(-means["pst", *shape]["to_dense"]["mean"], abs=0.051)
+    assert f"is {lost[2]} points less accurate than dense, a mean of three tasks" in sentence
 
 
 def test_the_ratios_of_removed_units_are_those_of_the_committed_report() -> None:
