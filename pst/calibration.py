@@ -87,8 +87,7 @@ class Calibration:
         moments = input_moments(model, (self.rows.batch(rows) for rows in batches), device=device, group=group)
         parts = [(part, piece, moments[module]) for part, piece, module in found]
         for part, piece, _ in parts:
-            part.fold_(piece)
-            part.by_row(piece).mul_(part.mask)
+            self.fold_(part, piece)
         self.scale_(model, parts)
         set_sparsity_(model, sparsity, budget=self.budget)
         group.share_masks_(model)
@@ -102,6 +101,11 @@ class Calibration:
                 ) from error
             group.share_(piece)
         group.share_masks_(model)
+
+    def fold_(self, part: Adjustable, piece: Tensor) -> None:
+        """Take up the update of *piece*, as stored, where the mask has let it take part."""
+        part.fold_(piece)
+        part.by_row(piece).mul_(part.mask)
 
     def scale_(self, model: nn.Module, parts: list[Calibrated]) -> None:
         """Set Q of every matrix for the choice of the masks."""

@@ -59,7 +59,8 @@ def compensate(W: Tensor, H: Tensor, M: Tensor) -> Tensor:
 def refine(W: Tensor, H: Tensor, M: Tensor, choose: Callable[[Tensor], Tensor]) -> Tensor:
     """A mask (n, k) under which ``compensate`` comes nearer to the outputs of *W* (n, k) than under *M*, its start.
 
-    *choose* makes a mask of scores (n, k), which are |W| Q for a weight that is not pruned yet, Q being input_scale(H).
+    As a rule: nothing is promised, least of all where scores are pooled (blocks). *choose* makes a mask of scores
+    (n, k), which are |W| Q for a weight that is not pruned yet, Q being input_scale(H).
 
     Raises ValueError where *H* (k, k) is not finite, torch.linalg.LinAlgError where it has no inverse.
     """

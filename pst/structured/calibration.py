@@ -30,6 +30,10 @@ from pst.structured.units import find_units
 class UnitCalibration(Calibration):
     """The stages of a run with pattern structured."""
 
+    def fold_(self, part: Adjustable, piece: Tensor) -> None:
+        """Take up the update of *piece*, that of units which are out included: they may come back."""
+        part.fold_(piece)
+
     def scale_(self, model: nn.Module, parts: list[Calibrated]) -> None:
         """See scale_units_."""
         scale_units_(model, {part: (piece, H) for part, piece, H in parts})
