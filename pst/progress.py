@@ -57,18 +57,23 @@ def progress(label: str, total: int, *, done: int = 0) -> Iterator[Callable[...,
 
 def _log_advance(label: str, total: int, done: int) -> Callable[..., None]:
     start = last = time.monotonic()
-    first = count = done
+    count = done
+    paced_from: tuple[float, int] | None = None
+    """When the first step was made, and how far that was. It compiles and calibrates: the others are faster."""
+
+    def left(now: float) -> str:
+        since, first = paced_from or (start, done)
+        if paced_from is None and (count - done) * 10 < total - done:
+            return ""
+        return f", {_clock((now - since) / max(count - first, 1) * (total - count))} left"
 
     def advance(steps: int = 1, detail: str = "") -> None:
-        nonlocal last, count
+        nonlocal last, count, paced_from
         count += steps
         now = time.monotonic()
-        if now - last < LOG_INTERVAL_S and count < total:
-            return
-        if count >= total and now - start < 2.0:
-            return
-        last = now
-        left = (now - start) / max(count - first, 1) * (total - count)
-        note(f"{label}: {count}/{total}, {_clock(left)} left {detail}".rstrip())
+        if (now - last >= LOG_INTERVAL_S or count >= total) and (count < total or now - start >= 2.0):
+            last = now
+            note(f"{label}: {count}/{total}{left(now)} {detail}".rstrip())
+        paced_from = paced_from or (now, count)
 
     return advance

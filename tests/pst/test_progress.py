@@ -54,6 +54,16 @@ def test_time_left_counts_only_what_this_process_did(clock: list[float], capsys:
     assert capsys.readouterr().err == "train: 950/1000, 1:00 left\n"
 
 
+def test_a_slow_first_step_tells_nothing_of_the_others(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    with progress("train", 350) as advance:
+        clock[0] += 16.0
+        advance(1, "sparsity 0.50")
+        for _ in range(40):
+            clock[0] += 0.25
+            advance()
+    assert capsys.readouterr().err.splitlines() == ["train: 1/350 sparsity 0.50", "train: 41/350, 1:17 left"]
+
+
 def test_a_terminal_gets_a_bar_and_stdout_nothing() -> None:
     code = """
 from pst.progress import progress
