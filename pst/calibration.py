@@ -113,14 +113,24 @@ class Calibration:
             part.Q.copy_(input_scale(H))
 
     def compensated(self, part: Adjustable, piece: Tensor, H: Tensor) -> Tensor:
-        """W' (n, k) in place of *piece*, as stored, once the mask of *part* is chosen; refines the mask."""
-        W, zeros = part.by_row(piece), int((~part.mask).sum())
-        if zeros:
-            assert part.pattern is not None
-            pattern, learned = part.pattern, part.scores(piece) - W.abs() * part.Q
-            wanted = min((zeros + 0.5) / W.numel(), pattern.sparsity or 1.0)  # the half keeps the count exact
-            part.mask.copy_(refine(W, H, part.mask, lambda S: pattern.mask(S + learned, wanted, axis=1)))
-        return compensate(W, H, part.mask)
+        """W' (n, k) in place of *piece*, as stored, once the mask of *part* is chosen, which is refined first."""
+        refine_(part, piece, H)
+        return compensate(part.by_row(piece), H, part.mask)
+
+
+@torch.no_grad()
+def refine_(part: Adjustable, piece: Tensor, H: Tensor) -> None:
+    """Refine the mask of *part*, whose weight is *piece* as stored, once it is chosen; as many entries stay.
+
+    The scores are those of *part*, with what refinement makes of the weight in place of the weight itself. Raises
+    ValueError and torch.linalg.LinAlgError as refine does.
+    """
+    W, zeros = part.by_row(piece), int((~part.mask).sum())
+    if zeros:
+        assert part.pattern is not None
+        pattern, others = part.pattern, part.scores(piece) - W.abs() * part.Q
+        wanted = min((zeros + 0.5) / W.numel(), pattern.sparsity or 1.0)  # the half keeps the count exact
+        part.mask.copy_(refine(W, H, part.mask, lambda S: pattern.mask(S + others, wanted, axis=1)))
 
 
 @torch.no_grad()

@@ -183,7 +183,7 @@ def compare(
 
 @app.command(
     short_help="Prune a model without training it.",
-    epilog="Example: pst prune MODEL --pattern 2:4 --data reviews.csv --compensate --output pruned",
+    epilog="Example: pst prune MODEL --pattern 2:4 --data reviews.csv --method alps --output pruned",
 )
 def prune(
     source: Annotated[str, typer.Argument(help="Run or model folder, or hub id.")],
@@ -198,7 +198,11 @@ def prune(
         str, typer.Option(help="TOML file that gives each weight a pattern of its own, such as attention dense.")
     ] = "",
     method: Annotated[
-        str | None, typer.Option(help="magnitude, or wanda, which looks at inputs too [wanda where --data is given].")
+        str | None,
+        typer.Option(
+            help="magnitude; wanda, which looks at inputs too; or alps, which fits masks and weights to what each "
+            "layer does, the nearest to dense [wanda where --data is given]."
+        ),
     ] = None,
     compensate: Annotated[
         bool, typer.Option("--compensate", help="Adjust the weights that stay for those that go, by least squares.")

@@ -2,7 +2,8 @@
 
     magnitude   the smallest |W| go
     wanda       the smallest |W| times the norm of their input go (Sun et al. 2023, arXiv 2306.11695)
-    compensate  what stays is adjusted for what goes, by least squares (see pst/compensation.py)
+    alps        Wanda's masks are refined, and what stays is fitted to what goes (Meng et al. 2024, arXiv 2406.07831)
+    compensate  what stays is fitted under the masks of the others, too, by least squares (see pst/compensation.py)
 
 The inputs are those of the dense model on some rows of text, for all layers at once: a layer does not see what pruning
 did to those before it. How much a layer's outputs change on these rows is written down for each weight,
@@ -19,7 +20,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from pst.calibration import input_moments
+from pst.calibration import input_moments, refine_
 from pst.compensation import compensate, input_scale
 from pst.data import DataSpec, text_columns_of
 from pst.distributed import Processes
@@ -41,7 +42,7 @@ from pst.structured.calibration import compensate_unit, scale_units_
 from pst.structured.storage import from_pretrained
 from pst.tables import read_splits
 
-METHODS = ("magnitude", "wanda")
+METHODS = ("magnitude", "wanda", "alps")
 BATCH = 8
 """Rows of calibration text that go through the model at a time."""
 
@@ -122,8 +123,13 @@ def prune(
     method = method or ("wanda" if data else "magnitude")
     if method not in METHODS:
         raise ConfigError(f"Unknown method {method!r}; use one of {', '.join(METHODS)}, or train with pst train.")
-    if data is None and (adjust or method == "wanda"):
-        what = "--method wanda" if method == "wanda" else "--compensate"
+    if method == "alps" and isinstance(chosen, Structured):
+        raise ConfigError(
+            "--method alps is for patterns of zeros; remove heads and neurons by wanda with --compensate."
+        )
+    adjust = adjust or method == "alps"
+    if data is None and (adjust or method != "magnitude"):
+        what = "--compensate" if method == "magnitude" else f"--method {method}"
         raise ConfigError(f"{what} looks at the inputs of each weight; name some text with --data.")
     if rows < 1:
         raise ConfigError(f"--rows is {rows}; calibration needs at least 1 row of text.")
@@ -145,7 +151,15 @@ def prune(
         note(line)
     model.to(device).eval()
     errors = prune_(
-        model, final, batches, pattern=chosen, wanda=method == "wanda", adjust=adjust, budget=budget, device=device
+        model,
+        final,
+        batches,
+        pattern=chosen,
+        wanda=method != "magnitude",
+        refined=method == "alps",
+        adjust=adjust,
+        budget=budget,
+        device=device,
     )
     merge_(model)
     text = own.text if own is not None else ""
@@ -171,11 +185,12 @@ def prune_(
     *,
     pattern: Pattern,
     wanda: bool,
+    refined: bool,
     adjust: bool,
     budget: Literal["local", "global"],
     device: torch.device,
 ) -> dict[str, float]:
-    """Choose the masks of a model whose weights are MaskedWanda, and compensate if *adjust*; output_error by name."""
+    """Choose the masks of a model whose weights are MaskedWanda, as options say; output_error by name."""
     names = {id(module): f"{name}.weight" for name, module in model.named_modules()}
     moments: dict[nn.Module, Tensor] = {}
     if batches:
@@ -200,11 +215,13 @@ def prune_(
         H, W = moments[module], part.by_row(piece).clone()
         if adjust:
             try:
+                if refined:
+                    refine_(part, piece, H)
                 part.by_row(piece).copy_((compensate_unit if structured else compensate)(W, H, part.mask))
             except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
                 raise ModelError(
                     f"The inputs of {names[id(module)]} cannot be used ({error}); give other text with --data, or "
-                    "leave --compensate out."
+                    "prune by magnitude."
                 ) from error
         D = part.by_row(piece) * part.mask - W
         squares.setdefault(names[id(module)], []).append((_energy(D, H), _energy(W, H)))

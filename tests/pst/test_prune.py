@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pst.data import DataSpec
 from pst.errors import ConfigError, DataError, ModelError, PatternError, RunError
+from pst.patterns import parse_pattern
 from pst.prune import Pruned, prune
 from pst.sparsify import prunable_weights
 from tests.command_line import pst
@@ -118,6 +119,23 @@ def test_compensation_keeps_the_zeros_and_the_outputs_nearer(
         assert not torch.equal(pieces[0], other[name][0])
 
 
+@pytest.mark.parametrize(("pattern", "sparsity"), [("2:4", None), ("unstructured", 0.7)])
+def test_alps_is_nearer_than_wanda_compensated(
+    pattern: str, sparsity: float | None, tiny_bert: Path, tmp_path: Path, reviews_file: Path, load: Load
+) -> None:
+    options: dict[str, Any] = {"pattern": pattern, "sparsity": sparsity, "data": DataSpec(data=str(reviews_file))}
+    wanda = prune(tiny_bert, tmp_path / "wanda", **options, adjust=True)
+    alps = prune(tiny_bert, tmp_path / "alps", **options, method="alps")
+    assert alps.sparsity == wanda.sparsity
+    assert sum(alps.errors.values()) < 0.97 * sum(wanda.errors.values())
+    one, other = matrices(load(tmp_path / "wanda")), matrices(load(tmp_path / "alps"))
+    for name, pieces in one.items():
+        assert (pieces[0] == 0).sum() == (other[name][0] == 0).sum()
+        assert parse_pattern(pattern).holds(other[name][0].numpy(), axis=1)
+    report = json.loads((tmp_path / "alps" / "sparsity.json").read_text())
+    assert (report["method"], report["compensated"]) == ("alps", True)
+
+
 def test_a_language_model_a_text_file_and_a_global_budget(tmp_path: Path) -> None:
     from pst.scratch import make_gpt2
 
@@ -154,6 +172,8 @@ def test_a_pruned_model_is_exported_and_inspected_like_a_trained_one(
     [
         ({"sparsity": 0.5, "method": "wanda"}, ConfigError, "--method wanda looks at the inputs.*--data"),
         ({"sparsity": 0.5, "adjust": True}, ConfigError, "--compensate looks at the inputs.*--data"),
+        ({"sparsity": 0.5, "method": "alps"}, ConfigError, "--method alps looks at the inputs.*--data"),
+        ({"pattern": "structured", "sparsity": 0.5, "method": "alps"}, ConfigError, "alps is for patterns of zeros"),
         ({"sparsity": 0.5, "method": "pst"}, ConfigError, "Unknown method 'pst'.*pst train"),
         ({}, ConfigError, "needs a sparsity, for example --sparsity 0.5"),
         ({"pattern": "2:4", "sparsity": 0.9}, ConfigError, "has sparsity 0.5, but 0.9 was asked for"),
