@@ -35,7 +35,7 @@ def compensate(W: Tensor, H: Tensor, M: Tensor) -> Tensor:
 
     Raises ValueError where H is not finite.
     """
-    damped = _damped(H)
+    damped = damped_moments(H)
     scale = damped.diagonal()
     target = W.double()
     made = target * M
@@ -64,7 +64,7 @@ def refine(W: Tensor, H: Tensor, M: Tensor, choose: Callable[[Tensor], Tensor]) 
 
     Raises ValueError where *H* (k, k) is not finite, torch.linalg.LinAlgError where it has no inverse.
     """
-    damped = _damped(H)
+    damped = damped_moments(H)
     norm = damped.diagonal().sqrt()
     scaled = damped / norm / norm.unsqueeze(1)
     target = W.double() * norm
@@ -87,8 +87,8 @@ def _ratio(above: Tensor, below: Tensor) -> Tensor:
     return torch.where(below > 0, above / below, 0.0).unsqueeze(1)
 
 
-def _damped(H: Tensor) -> Tensor:
-    """H + lambda, float64. Raises ValueError where H is not finite."""
+def damped_moments(H: Tensor) -> Tensor:
+    """H + lambda (k, k), float64. Raises ValueError where H is not finite."""
     if not bool(torch.isfinite(H).all()):
         raise ValueError("second moments of the inputs hold NaN or infinity")
     damped = H.double()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pst.calibration import Adjustable, Calibrated, Calibration
-from pst.compensation import DAMPING
+from pst.compensation import damped_moments
 from pst.errors import ModelError
 from pst.masked_weight import MaskedWeight, mean_magnitude
 from pst.structured.choose import masked_matrix, pattern_of
@@ -83,7 +83,7 @@ def unit_losses(W: Tensor, H: Tensor, width: int) -> Tensor:
 
     Raises ValueError where *H* (k, k) is not finite.
     """
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(_damped(H)))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped_moments(H)))
     count = W.shape[1] // width
     blocks = inverse.view(count, width, count, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # (count, width, width)
     columns = W.double().view(-1, count, width).permute(1, 2, 0)  # (count, width, n): W_u'
@@ -94,15 +94,8 @@ def unit_losses(W: Tensor, H: Tensor, width: int) -> Tensor:
 @torch.no_grad()
 def least_squares(W: Tensor, H: Tensor, keep: Tensor) -> Tensor:
     """W' (n, k), zero in the columns that *keep* (k) leaves out. Raises ValueError where *H* (k, k) is not finite."""
-    damped = _damped(H)
+    damped = damped_moments(H)
     factor = torch.linalg.cholesky(damped[keep][:, keep])
     adjusted = torch.zeros_like(W)
     adjusted[:, keep] = torch.cholesky_solve(damped[keep] @ W.double().T, factor).T.to(W.dtype)
     return adjusted
-
-
-def _damped(H: Tensor) -> Tensor:
-    if not bool(torch.isfinite(H).all()):
-        raise ValueError("second moments of the inputs hold NaN or infinity")
-    mean = float(H.diagonal().double().mean())
-    return H.double() + torch.eye(len(H), dtype=torch.float64, device=H.device) * (DAMPING * mean or 1.0)
