@@ -90,7 +90,6 @@ class Calibration:
             self.fold_(part, piece)
         self.scale_(model, parts)
         set_sparsity_(model, sparsity, budget=self.budget)
-        group.share_masks_(model)
         for part, piece, H in parts:
             try:
                 part.by_row(piece).copy_(self.compensated(part, piece, H))
