@@ -60,28 +60,13 @@ class Pruned:
     """output_error of each matrix, by the name of its weight; empty without calibration text."""
 
 
-class MaskedWanda(MaskedMagnitude):
-    """M * W with |W| Q as the score; Q is ones until inputs were seen."""
-
-    Q: Tensor  # (k)
-
-    def __init__(self, weight: Tensor, *, axis: int) -> None:
-        """Q = 1: magnitude."""
-        super().__init__(weight, axis=axis)
-        self.register_buffer("Q", torch.ones(self.mask.shape[1], dtype=weight.dtype, device=weight.device))
-
-    def scores(self, weight: Tensor) -> Tensor:
-        """|W| Q, (n, k)."""
-        return self.by_row(weight).abs() * self.Q
-
-
 class _Once:
     """A method of pst/methods that trains nothing."""
 
     trains_original = False
 
     def masked_weight(self, weight: Tensor, *, axis: int, generator: torch.Generator | None = None) -> MaskedWeight:
-        return MaskedWanda(weight, axis=axis)
+        return MaskedMagnitude(weight, axis=axis)
 
     def select_trainable_(self, model: nn.Module) -> None:
         model.requires_grad_(False)
@@ -155,8 +140,7 @@ def prune(
         final,
         batches,
         pattern=chosen,
-        wanda=method != "magnitude",
-        refined=method == "alps",
+        method=method,
         adjust=adjust,
         budget=budget,
         device=device,
@@ -184,27 +168,26 @@ def prune_(
     batches: list[dict[str, Tensor]],
     *,
     pattern: Pattern,
-    wanda: bool,
-    refined: bool,
+    method: str,
     adjust: bool,
     budget: Literal["local", "global"],
     device: torch.device,
 ) -> dict[str, float]:
-    """Choose the masks of a model whose weights are MaskedWanda, as options say; output_error by name."""
+    """Choose the masks of a model whose weights are MaskedMagnitude, as *method* says; output_error by name."""
     names = {id(module): f"{name}.weight" for name, module in model.named_modules()}
     moments: dict[nn.Module, Tensor] = {}
     if batches:
         note(f"Looking at the inputs of every weight on {sum(len(one['input_ids']) for one in batches)} rows.")
         moments = input_moments(model, batches, device=device, group=Processes())
     parts = [
-        (module, cast(MaskedWanda, part), piece)
+        (module, cast(MaskedMagnitude, part), piece)
         for module, attached in masked_weights(model)
         for part, piece in attached.matrices(cast(Any, module).parametrizations.weight.original)
     ]
-    structured = isinstance(pattern, Structured)
-    if wanda and structured:
+    structured, scaled = isinstance(pattern, Structured), method != "magnitude"
+    if scaled and structured:
         scale_units_(model, {part: (piece, moments[module]) for module, part, piece in parts})
-    elif wanda:
+    elif scaled:
         for module, part, _ in parts:
             part.Q.copy_(input_scale(moments[module]))
     set_sparsity_(model, sparsity, budget=budget)
@@ -215,7 +198,7 @@ def prune_(
         H, W = moments[module], part.by_row(piece).clone()
         if adjust:
             try:
-                if refined:
+                if method == "alps":
                     refine_(part, piece, H)
                 part.by_row(piece).copy_((compensate_unit if structured else compensate)(W, H, part.mask))
             except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
