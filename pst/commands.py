@@ -48,7 +48,8 @@ def train(
         str | None, typer.Option(help="TOML file that gives each weight a pattern of its own, such as attention dense.")
     ] = None,
     teacher: Annotated[
-        str | None, typer.Option(help="Dense model of the same task to distil from: a folder or hub id.")
+        str | None,
+        typer.Option(help="Dense model to distil from: a folder, a hub id, start for --model itself, or off."),
     ] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the training rows; default 3.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps, in place of --epochs.")] = None,

@@ -70,10 +70,14 @@ class TrainConfig:
         "local: the sparsity holds in each weight; global: over all of them, where scores compete; "
         "none: the method's own (soft_movement: global)",
     )
-    teacher: str = field("", "model folder or hub id to distil from: a dense model trained on the same task")
-    distill_weight: float = field(0.5, "share of the teacher's loss in the whole, from 0 to 1")
+    teacher: str | None = field(
+        None,
+        "what to distil from: folder or hub id of a dense model trained on the same task; start: the very model that "
+        "training starts from; off: nothing; none: the method's own (pst: start, for N:M of a finetuned model)",
+    )
+    distill_weight: float | None = field(None, "share of the teacher's loss in the whole, from 0 to 1")
     distill_temperature: float = field(2.0, "softens both distributions of the teacher's loss")
-    distill_hidden: float = field(1.0, "weight of the hidden states' loss, where teacher and model are as wide")
+    distill_hidden: float = field(10.0, "weight of the hidden states' loss, where teacher and model are as wide")
     label_smoothing: float = field(0.0, "share of each target's probability that is spread over all classes")
 
     epochs: float | None = field(None, "passes over the training rows")
@@ -93,6 +97,7 @@ class TrainConfig:
     lr_warmup: float | None = field(
         None, "fraction of the steps in which learning rates rise from 0; then they fall to 0"
     )
+    dropout: float | None = field(None, "of every layer that has one, in training; none: the model's own")
     weight_decay: float = field(0.0, "AdamW's decoupled weight decay")
     max_grad_norm: float = field(1.0, "gradients are scaled down to this norm; 0 = never")
     sparsity_initial: float | None = field(None, "sparsity before the ramp")
@@ -148,9 +153,10 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
                 raise ConfigError(f"{name} is {value:g}; it must be a finite number of at least 0.")
-        for name in ("distill_weight", "label_smoothing"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} is {getattr(self, name):g}; it is a share, from 0 to 1.")
+        for name in ("distill_weight", "label_smoothing", "dropout"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ConfigError(f"{name} is {value:g}; it is a share, from 0 to 1.")
         if not 0 < self.distill_temperature < float("inf"):
             raise ConfigError(f"distill_temperature is {self.distill_temperature:g}; it must be above 0.")
         if self.lr_warmup is not None and not 0 <= self.lr_warmup <= 1:
@@ -182,11 +188,18 @@ class TrainConfig:
         known = {f.name for f in fields(self)}
         changes = {name: value for name, value in defaults.items() if name in known and getattr(self, name) is None}
         keeps = getattr(module, "KEEPS_ZEROS", False)
+        if self.teacher == NO_TEACHER:
+            changes["teacher"] = ""
         full = replace(self, **changes)
         full = replace(full, **full._settled_pattern(prunes=self.method != "dense", keeps=keeps))
         if self.faithful or not hasattr(module, "defaults") or full.sparsity is None:
             return full
-        own = module.defaults(pattern=full.pattern, sparsity=full.sparsity, finetuned=self.starts_finetuned())
+        own = module.defaults(
+            pattern=full.pattern,
+            sparsity=full.sparsity,
+            finetuned=self.starts_finetuned(),
+            alone=self.teacher in (NO_TEACHER, ""),
+        )
         return replace(full, **{name: value for name, value in own.items() if getattr(self, name) is None})
 
     def starts_finetuned(self) -> bool:
@@ -265,8 +278,13 @@ def names_classifier(architectures: Any) -> bool:
     return any("ForSequenceClassification" in str(name) for name in architectures or [])
 
 
+NO_TEACHER = "off"
+START = "start"
+"""The teacher that is the model which training starts from."""
 COMMON = {
     "epochs": 3.0,
+    "teacher": "",
+    "distill_weight": 0.5,
     "lr_warmup": 0.1,
     "seed": 0,
     "r1": 8,

@@ -4,8 +4,9 @@ L = (1 - w) L_task + w (L_logits + h L_hidden)
 
 L_logits   T^2 KL(softmax(z_teacher / T) || softmax(z / T)), the mean over rows, or over target tokens
            (Hinton, Vinyals, Dean, arXiv 1503.02531); for a single output, the squared difference
-L_hidden   mean squared difference of hidden states over real tokens, each layer with the teacher's at the same
-           depth; only where both are as wide
+L_hidden   squared difference of hidden states over real tokens, as a share of the teacher's squares, each layer with
+           the teacher's at the same depth, the mean over layers (Kurtic et al., arXiv 2310.06927); only where both
+           are as wide
 """
 
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ class Objective:
     teacher: nn.Module | None = None
     weight: float = 0.5
     temperature: float = 2.0
-    hidden: float = 1.0
+    hidden: float = 10.0
 
     def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """The loss, a scalar; *batch* holds the model's inputs and ``labels`` (B,) or, of a language model, (B, T)."""
@@ -62,7 +63,7 @@ def next_token(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 def logits_loss(logits: Tensor, taught: Tensor, labels: Tensor, temperature: float) -> Tensor:
     """L_logits; (B, classes), or (B, T, V) with (B, T) labels that say which positions count."""
     if logits.shape[-1] == 1:
-        return F.mse_loss(logits, taught)
+        return F.mse_loss(logits.float(), taught.float())
     counts = torch.ones_like(labels, dtype=torch.bool)
     if labels.ndim == 2:
         logits, taught, counts = logits[:, :-1], taught[:, :-1], labels[:, 1:] != IGNORED
@@ -76,10 +77,11 @@ def hidden_loss(states: tuple[Tensor, ...], taught: tuple[Tensor, ...], attentio
     """L_hidden; *states* are the outputs of the embedding and of each layer, (B, T, width), *taught* the teacher's."""
     real = attention_mask.bool()
     layers, deep = len(states) - 1, len(taught) - 1
-    losses = [
-        _mean((states[layer].float() - taught[round(layer * deep / layers)].float()).square().mean(-1), real)
-        for layer in range(1, layers + 1)
-    ]
+    losses = []
+    for layer in range(1, layers + 1):
+        target = taught[round(layer * deep / layers)].float()
+        difference = (states[layer].float() - target).square().mean(-1)
+        losses.append(_mean(difference, real) / _mean(target.square().mean(-1), real))
     return torch.stack(losses).mean()
 
 

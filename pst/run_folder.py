@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pst.config import TrainConfig
+from pst.config import START, TrainConfig
 from pst.errors import RunError
 from pst.files import atomic_file, read_json, refuse_existing, remove, storage_errors
 from pst.settings import dump
@@ -63,7 +63,7 @@ def _refuse_own_input(config: TrainConfig, output: Path) -> None:
     """Raise RunError where the run reads from what it would remove of *output* before it has anything in its place."""
     given = {"model": config.model, "teacher": config.teacher, "data": config.data, "validation": config.validation}
     for name, value in given.items():
-        path = Path(value).expanduser() if value else None
+        path = Path(value).expanduser() if value and not (name == "teacher" and value == START) else None
         if path is None or not path.exists():
             continue
         for part in ("model", "checkpoints", "tensorboard"):

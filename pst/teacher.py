@@ -1,13 +1,79 @@
 """The dense model that another learns from."""
 
+import copy
+from functools import partial
 from typing import Any
 
+import numpy as np
+import torch
 from torch import nn
 
+from pst.batches import Encoded
+from pst.config import START, TrainConfig
+from pst.distributed import Processes
 from pst.errors import ModelError
-from pst.loading import first_line, load_config, load_tokenizer
+from pst.loading import fingerprint_of, first_line, load_config, load_tokenizer
+from pst.pending import moved
+from pst.progress import note
 from pst.quiet import quiet_transformers
 from pst.structured.storage import from_pretrained
+from pst.tasks import Prepared
+
+SAMPLE = 256
+"""Training rows by which a start is judged."""
+
+
+def find_teacher(config: TrainConfig, prepared: Prepared) -> tuple[nn.Module | None, dict[str, str]]:
+    """The teacher of *config*, if it has one, before any mask is on the model; and what tells it from another.
+
+    Raises ModelError as load_teacher does.
+    """
+    if not config.teacher:
+        return None, {}
+    if config.teacher == START:
+        return copy.deepcopy(prepared.model).eval().requires_grad_(False), {}
+    teacher = load_teacher(config.teacher, prepared.model, prepared.tokenizer)
+    return teacher, {"teacher's weights": fingerprint_of(teacher, config.teacher)}
+
+
+def settle(
+    teacher: nn.Module | None, config: TrainConfig, prepared: Prepared, device: torch.device, group: Processes
+) -> nn.Module | None:
+    """The *teacher* on *device*, or None, with a note, where it is the start and does not know the task.
+
+    On a GPU it is in bfloat16, unless the precision is fp32: half of the memory, and faster.
+    """
+    if teacher is None:
+        return None
+    fast = device.type == "cuda" and config.precision != "fp32"
+    teacher.to(device, torch.bfloat16 if fast else torch.float32)
+    knows = partial(knows_task, teacher, prepared, batch_size=config.batch_size, device=device)
+    if config.teacher != START or group.first_does(knows):
+        return teacher
+    note(f"{config.model} does not know the task better than by its label shares, so it is no teacher.")
+    return None
+
+
+def knows_task(teacher: nn.Module, prepared: Prepared, *, batch_size: int, device: torch.device) -> bool:
+    """Whether the *teacher*, on *device*, answers training rows better than their label shares (or mean) alone would.
+
+    Judged by the loss over SAMPLE rows, evenly spaced. Of language models it is taken for granted.
+    """
+    rows = prepared.train
+    if not isinstance(rows, Encoded):
+        return True
+    chosen = np.unique(np.linspace(0, len(rows) - 1, num=min(SAMPLE, len(rows))).astype(int)).tolist()
+    loss = 0.0
+    with torch.no_grad():
+        for first in range(0, len(chosen), batch_size):
+            part = chosen[first : first + batch_size]
+            batch = {name: moved(value, device) for name, value in rows.batch(part).items()}
+            loss += float(teacher(**batch).loss) * len(part) / len(chosen)
+    labels = rows.labels[torch.as_tensor(chosen)]
+    if prepared.task == "regression":
+        return loss < float(labels.var(correction=0))
+    shares = torch.bincount(labels).double() / len(labels)
+    return loss < float(torch.special.entr(shares).sum())
 
 
 @quiet_transformers()

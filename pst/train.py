@@ -23,6 +23,7 @@ from pst.calibration import Calibration
 from pst.config import TrainConfig
 from pst.device import named_device
 from pst.distributed import Processes, processes
+from pst.dropout import set_dropout_
 from pst.errors import ModelError, RunError
 from pst.files import remove, storage_errors
 from pst.graphs import RecordedSteps, padded_length
@@ -46,7 +47,7 @@ from pst.signals import stop_signals
 from pst.sparsify import MaskCheck, merge_, set_sparsity_, sparsify_
 from pst.structured.calibration import UnitCalibration
 from pst.structured.choose import require_reachable
-from pst.teacher import load_teacher
+from pst.teacher import find_teacher, settle
 
 LOG_EVERY = 10
 
@@ -111,7 +112,9 @@ def _train(
     prepared = tasks.prepare(config, **given)
     model, rows = prepared.model, prepared.train
     fingerprint = fingerprint_of(model, config.model)
-    teacher = load_teacher(config.teacher, model, prepared.tokenizer) if config.teacher else None
+    teacher, taught_by = find_teacher(config, prepared)
+    if config.dropout is not None:
+        set_dropout_(model, config.dropout)
     shape = replace(config, **methods.shape_of(config.method, model, config))
     method = methods.make(config.method, config)
     if method is not None:
@@ -122,6 +125,7 @@ def _train(
         for line in plan.overview({item.name: item.weight.numel() for item in weights}) if plan else ():
             note(line)
     model.to(device)
+    teacher = settle(teacher, config, prepared, device, group)
     groups: list[dict[str, Any]] = [{"params": list(model.parameters()), "lr": config.lr}]
     groups = method.param_groups(model) if method else groups
     trainable: list[nn.Parameter] = [parameter for one in groups for parameter in one["params"]]
@@ -131,8 +135,8 @@ def _train(
     optimizer = torch.optim.AdamW(groups, **settings)
     objective = Objective(
         label_smoothing=config.label_smoothing,
-        teacher=teacher.to(device) if teacher is not None else None,
-        weight=config.distill_weight,
+        teacher=teacher,
+        weight=_given(config.distill_weight),
         temperature=config.distill_temperature,
         hidden=config.distill_hidden,
     )
@@ -160,8 +164,7 @@ def _train(
     # The run folder, and where to go on
     identity = {name: value for name, value in asdict(config).items() if name not in NOT_COMPARED}
     identity |= {"max_length": prepared.max_length, **prepared.fingerprints, "starting weights": fingerprint}
-    if teacher is not None:
-        identity["teacher's weights"] = fingerprint_of(teacher, config.teacher)
+    identity |= taught_by
     state = checkpoint.load_last(output / "checkpoints") if resume else None
     first_step, spent, training = 0, 0.0, 0.0
     if state is not None:
@@ -324,6 +327,7 @@ def _train(
         "steps": steps,
         "peak_memory_bytes": max((peak for peak in group.gather(memory.peak(device)) if peak), default=None),
         "trainable_parameters": sum(parameter.numel() for parameter in trainable),
+        "teacher": config.teacher if teacher is not None else "",
         "processes": group.count,
     }
     if group.first:

@@ -11,6 +11,7 @@ from typing import Any
 
 from pst.compare.grid import DENSE, percent
 from pst.compare.results import CellResult, Row, by_seed, headline, make_row, number, verdict
+from pst.config import START
 from pst.errors import RunError
 from pst.files import atomic_file, write_json
 from pst.markdown import markdown_table
@@ -158,6 +159,9 @@ def _notes(
         )
     if options["teacher_from_dense"]:
         notes.append("The dense run of each seed was the teacher of its sparse runs.")
+    own = dict.fromkeys(f"{result.cell.method} {result.cell.pattern}" for result in finished if result.teacher == START)
+    if own:
+        notes.append(f"Of these the dense start was the teacher, by their own defaults or as asked: {', '.join(own)}.")
     if jobs > 1:
         notes.append(f"{jobs} runs shared this machine at a time: a run alone is faster than the times say.")
     if kept:

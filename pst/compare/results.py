@@ -24,6 +24,8 @@ class CellResult:
     peak_memory_bytes: int | None = None
     trainable_parameters: int | None = None
     task: str = ""
+    teacher: str = ""
+    """What taught it: a folder or hub id, ``start``, or nothing."""
     rows: Mapping[str, str] = field(default_factory=dict)
     """SHA-256 of the training and validation rows."""
 

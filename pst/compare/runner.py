@@ -189,5 +189,6 @@ def _result(cell: Cell, folder: Path, error: str | None) -> CellResult:
         peak_memory_bytes=found.get("peak_memory_bytes"),
         trainable_parameters=found.get("trainable_parameters"),
         task=found["task"],
+        teacher=found.get("teacher", ""),
         rows={name: part.get("sha256", "") for name, part in found["data"].items() if isinstance(part, dict)},
     )

@@ -17,14 +17,22 @@ DEFAULTS |= {"sparsity_initial": 0.5, "sparsity_warmup": 0.0, "sparsity_cooldown
 """Half of the weights go at once, which calibration makes up for, so that half of the steps are left at the end."""
 FINETUNED = {"lr": 1e-4, "lr_update": 3e-5, "lr_scores": 2e-4}
 """A fifth of the rates, for a model that knows the task already and keeps most of its weights; LOG.md has the runs."""
+TAUGHT = {"teacher": "start", "distill_weight": 0.9, "dropout": 0.0}
+"""N:M of such a model: what it computed while it was dense, at the full rates; LOG.md has the runs."""
 FAITHFUL = {"lr": 3e-5, "lr_update": 3e-5, "lr_scores": 3e-5, "r1": 8, "r2": 8, "alpha": "one"}
 FAITHFUL |= {"epochs": 20.0, "lr_warmup": 0.0, "max_grad_norm": 1.0, "seed": 43}  # its settings for BERT-base on GLUE
 
 
-def defaults(*, pattern: str, sparsity: float, finetuned: bool) -> dict[str, Any]:
-    """DEFAULTS, with the rates of FINETUNED where they were measured to be better: at most 60%, not in blocks."""
-    light = finetuned and sparsity <= 0.6 and re.fullmatch(r"unstructured|\d+:\d+", pattern)
-    return DEFAULTS | (FINETUNED if light else {})
+def defaults(*, pattern: str, sparsity: float, finetuned: bool, alone: bool) -> dict[str, Any]:
+    """DEFAULTS, with TAUGHT or FINETUNED where they were measured to be better: at most 60%, not in blocks.
+
+    alone: no teacher is wanted.
+    """
+    if not finetuned or sparsity > 0.6:
+        return DEFAULTS
+    if re.fullmatch(r"\d+:\d+", pattern):
+        return DEFAULTS | (FINETUNED if alone else TAUGHT)
+    return DEFAULTS | (FINETUNED if pattern == "unstructured" else {})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ def config(**options: Any) -> TrainConfig:
 def test_filling_leaves_open_what_the_run_decides(method: str) -> None:
     filled = config(method=method).filled()
     left = [each.name for each in fields(filled) if getattr(filled, each.name) is None]
-    assert left == ["budget", "max_length", "checkpoint_every"]
+    assert left == ["budget", "max_length", "dropout", "checkpoint_every"]
     assert filled.filled() == filled
 
 
@@ -44,20 +44,28 @@ def rates(**given: Any) -> dict[str, Any]:
 
 
 def test_a_model_that_knows_the_task_is_halved_at_lower_rates(tmp_path: Path) -> None:
-    from pst.methods.pst import DEFAULTS, FINETUNED
+    from pst.methods.pst import DEFAULTS, FINETUNED, TAUGHT
 
     usual = {name: DEFAULTS[name] for name in FINETUNED}
     (tmp_path / "config.json").write_text('{"architectures": ["BertForSequenceClassification"]}')
     knows = {"model": str(tmp_path), "sparsity": None}
-    assert rates(**knows | {"pattern": "2:4"}) == FINETUNED
+    assert rates(**knows | {"pattern": "2:4", "teacher": "off"}) == FINETUNED
     assert rates(**knows | {"sparsity": 0.5}) == FINETUNED
     assert rates(**knows | {"sparsity": 0.9}) == usual
     assert rates(**knows | {"pattern": "block:4x4", "sparsity": 0.5}) == usual
     assert rates(**knows | {"pattern": "2:4", "start": "pretrained"}) == usual
-    assert rates(**knows | {"pattern": "2:4", "lr_scores": 0.5}) == FINETUNED | {"lr_scores": 0.5}
+    assert rates(**knows | {"sparsity": 0.5, "lr_scores": 0.5}) == FINETUNED | {"lr_scores": 0.5}
+    taught = config(**knows | {"pattern": "2:4"}).filled()
+    assert {name: getattr(taught, name) for name in TAUGHT} == TAUGHT
+    assert rates(**knows | {"pattern": "2:4"}) == usual
+    for alone in ({"sparsity": 0.5}, {"pattern": "2:4", "teacher": "off"}, {"pattern": "3:4", "start": "pretrained"}):
+        filled = config(**knows | alone).filled()
+        assert (filled.teacher, filled.distill_weight, filled.dropout) == ("", 0.5, None)
+    given = config(**knows | {"pattern": "2:4", "teacher": "other", "distill_weight": 0.2}).filled()
+    assert (given.teacher, given.distill_weight, given.dropout) == ("other", 0.2, 0.0)
     (tmp_path / "config.json").write_text('{"architectures": ["BertModel"]}')
     assert rates(**knows | {"pattern": "2:4"}) == usual
-    assert rates(**knows | {"pattern": "2:4", "start": "finetuned"}) == FINETUNED
+    assert rates(**knows | {"pattern": "2:4", "start": "finetuned", "teacher": "off"}) == FINETUNED
 
 
 def test_faithful_and_other_methods_do_not_ask_where_a_model_starts() -> None:

@@ -64,14 +64,16 @@ def test_from_dense_and_teacher_name_the_dense_run_of_the_seed() -> None:
         assert (cell.config.model, cell.config.teacher, cell.dense) == expected
 
 
-def test_sparse_runs_from_dense_ones_take_the_rates_of_a_finetuned_start() -> None:
-    def rates(*, from_dense: bool) -> dict[float, float | None]:
-        found = cells(sparsities=(0.5, 0.9), from_dense=from_dense)
-        return {cell.sparsity: cell.config.lr for cell in found if cell.method == "pst"}
+def test_sparse_runs_from_dense_ones_take_the_recipe_of_a_finetuned_start() -> None:
+    def recipes(*, from_dense: bool) -> dict[tuple[str, float], tuple[Any, str | None]]:
+        found = cells(patterns=("unstructured", "2:4"), sparsities=(0.5, 0.9), from_dense=from_dense)
+        chosen = [cell for cell in found if cell.method == "pst"]
+        return {(cell.pattern, cell.sparsity): (cell.config.lr, cell.config.teacher) for cell in chosen}
 
-    usual = rates(from_dense=False)
-    assert usual[0.5] == usual[0.9] == DEFAULTS["lr"]
-    assert rates(from_dense=True) == usual | {0.5: FINETUNED["lr"]}
+    usual = recipes(from_dense=False)
+    assert usual == dict.fromkeys(usual, (DEFAULTS["lr"], ""))
+    light, taught = (FINETUNED["lr"], ""), (DEFAULTS["lr"], "start")
+    assert recipes(from_dense=True) == usual | {("unstructured", 0.5): light, ("2:4", 0.5): taught}
 
 
 def test_every_method_there_is_can_be_named() -> None:
