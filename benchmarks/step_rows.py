@@ -6,7 +6,8 @@ query                the query weights train, everything else is frozen
 literal-PATTERN      the published PST as its equations stand (benchmarks/literal_pst.py)
 pst-PATTERN          sparsify_ with PST's defaults, masks chosen anew by set_sparsity_ at every step and checked at the
                      next, and, on a GPU, the rest of the step recorded as one CUDA graph, as ``pst train`` does
-unrecorded-PATTERN   the same without the graph
+taught-PATTERN       the same with its own start as the teacher, as pst/methods/pst.py has it for N:M
+unrecorded-PATTERN   pst-PATTERN without the graph
 """
 
 import copy
@@ -21,13 +22,16 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from benchmarks.literal_pst import replace_linears_
+from pst.dropout import set_dropout_
 from pst.graphs import RecordedSteps
-from pst.methods.pst import PST
+from pst.methods.pst import PST, TAUGHT
+from pst.objective import Objective
 from pst.patterns import parse_pattern
 from pst.pending import Delayed
 from pst.sparsify import set_sparsity_, sparsify_
+from pst.teacher import on_device
 
-KINDS = ("dense", "dense-recorded", "query", "literal", "unrecorded", "pst")
+KINDS = ("dense", "dense-recorded", "query", "literal", "unrecorded", "pst", "taught")
 SHAPES: dict[str, dict[str, int]] = {
     "bert-base": {},
     "bert-large": {
@@ -70,6 +74,8 @@ def row_specs(kinds: Sequence[str], patterns: Sequence[str], sparsity: float, pr
             continue
         for pattern in patterns:
             fixed = parse_pattern(pattern).sparsity
+            if kind == "taught" and fixed is None:
+                continue
             final = sparsity if fixed is None else fixed
             specs.append(RowSpec(kind=kind, pattern=pattern, sparsity=final, precision=precision))
     return specs
@@ -108,19 +114,24 @@ def start(base: nn.Module, spec: RowSpec, batches: list[dict[str, Tensor]], devi
     """A copy of *base* on *device* with what *spec* trains, and its optimizer."""
     torch.manual_seed(1)
     model = copy.deepcopy(base)
+    objective = Objective()
+    if spec.kind == "taught":
+        set_dropout_(model, float(str(TAUGHT["dropout"])))
+        teacher = on_device(copy.deepcopy(base), device, spec.precision)
+        objective = Objective(teacher=teacher, weight=float(str(TAUGHT["distill_weight"])))
     groups, before = _trained(model, spec, device)
     model.to(device).train()
     if groups is None:
         groups = PST().param_groups(model)
     trainable = [parameter for one in groups for parameter in one["params"]]
-    recorded = spec.kind in ("pst", "dense-recorded") and device.type == "cuda"
+    recorded = spec.kind in ("pst", "taught", "dense-recorded") and device.type == "cuda"
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, fused=True, capturable=recorded)
     stream = itertools.cycle(batches)
 
     def train(batch: dict[str, Tensor]) -> Tensor:
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=spec.precision == "bf16"):
-            loss: Tensor = model(**batch).loss
+            loss = objective(model, batch)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(trainable, MAX_GRAD_NORM)
         optimizer.step()
@@ -139,7 +150,7 @@ def _trained(
     model: nn.Module, spec: RowSpec, device: torch.device
 ) -> tuple[list[dict[str, Any]] | None, Callable[[nn.Module], None]]:
     """Optimizer groups, None for the method's own, and what happens before each forward pass."""
-    if spec.kind in ("pst", "unrecorded"):
+    if spec.kind in ("pst", "taught", "unrecorded"):
         assert spec.pattern is not None
         sparsify_(model, method=PST(), pattern=spec.pattern)
         looks = Delayed(device)

@@ -184,7 +184,7 @@ def _goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What PST is to reach, at each pattern and precision, and whether it did."""
     goals = []
     for row in rows:
-        if row["kind"] != "pst":
+        if row["kind"] not in ("pst", "taught"):
             continue
         wanted = [("time", "dense", TIME_TO_DENSE.get(row["precision"])), ("memory", "dense", MEMORY_TO_DENSE)]
         for what, other, limit in [*wanted, ("time", "literal", TIME_TO_LITERAL)]:

@@ -31,7 +31,7 @@ def find_teacher(config: TrainConfig, prepared: Prepared) -> tuple[nn.Module | N
     if not config.teacher:
         return None, {}
     if config.teacher == START:
-        return copy.deepcopy(prepared.model).eval().requires_grad_(False), {}
+        return copy.deepcopy(prepared.model), {}
     teacher = load_teacher(config.teacher, prepared.model, prepared.tokenizer)
     return teacher, {"teacher's weights": fingerprint_of(teacher, config.teacher)}
 
@@ -39,19 +39,21 @@ def find_teacher(config: TrainConfig, prepared: Prepared) -> tuple[nn.Module | N
 def settle(
     teacher: nn.Module | None, config: TrainConfig, prepared: Prepared, device: torch.device, group: Processes
 ) -> nn.Module | None:
-    """The *teacher* on *device*, or None, with a note, where it is the start and does not know the task.
-
-    On a GPU it is in bfloat16, unless the precision is fp32: half of the memory, and faster.
-    """
+    """The *teacher* ready on *device*, or None, with a note, where it is the start and does not know the task."""
     if teacher is None:
         return None
-    fast = device.type == "cuda" and config.precision != "fp32"
-    teacher.to(device, torch.bfloat16 if fast else torch.float32)
+    on_device(teacher, device, config.precision)
     knows = partial(knows_task, teacher, prepared, batch_size=config.batch_size, device=device)
     if config.teacher != START or group.first_does(knows):
         return teacher
     note(f"{config.model} does not know the task better than by its label shares, so it is no teacher.")
     return None
+
+
+def on_device(teacher: nn.Module, device: torch.device, precision: str) -> nn.Module:
+    """The *teacher*, frozen, on *device*; in bfloat16 on a GPU, unless *precision* is fp32: half the memory, faster."""
+    fast = device.type == "cuda" and precision != "fp32"
+    return teacher.to(device, torch.bfloat16 if fast else torch.float32).eval().requires_grad_(False)
 
 
 def knows_task(teacher: nn.Module, prepared: Prepared, *, batch_size: int, device: torch.device) -> bool:

@@ -74,9 +74,10 @@ def test_table_goals_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[st
     report = json.loads(output.read_text())
     names = ["dense", "dense-recorded", "query"]
     names += [f"{kind}-{pattern}" for kind in ("literal", "unrecorded", "pst") for pattern in ("unstructured", "2:4")]
+    names += ["taught-2:4"]
     rows = report["rows"]
     assert [(row["precision"], row["row"]) for row in rows] == [(p, name) for p in ("tf32", "bf16") for name in names]
-    assert [line.split()[0] for line in printed[1:19]] == names * 2
+    assert [line.split()[0] for line in printed[1 : 1 + 2 * len(names)]] == names * 2
     assert report["schema_version"] == 1
     assert report["environment"]["command"].startswith("python -m benchmarks.train_step --model-shape tiny")
     assert report["options"]["steps"] == 3
@@ -95,7 +96,7 @@ def test_table_goals_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[st
         same = next(other for other in rows if other["row"] == "dense" and other["precision"] == row["precision"])
         assert row["to_dense"]["time"] == row["step_ms"]["median"] / same["step_ms"]["median"]
     goals = report["goals"]
-    assert len(goals) == 2 * 2 * 3
+    assert len(goals) == 2 * 3 * 3
     for goal in goals:
         measured = goal["value"] is not None
         assert measured == (goal["what"] == "time")

@@ -81,6 +81,18 @@ def test_every_step_is_a_place_to_stop(
     assert not (output / "checkpoints").exists()
 
 
+def test_the_start_teaches_after_an_interruption_as_before(
+    interrupt: Interrupt, tiny_bert: Path, reviews_file: Path, tmp_path: Path
+) -> None:
+    dense = train(options(tiny_bert, reviews_file, method="dense", steps=60, lr=1e-2), tmp_path / "dense").model
+    config = options(dense, reviews_file, pattern="2:4")
+    train(config, tmp_path / "whole")
+    interrupt(config, tmp_path / "stopped", at=7)
+    train(config, tmp_path / "stopped", resume=True)
+    assert report(tmp_path / "whole")["teacher"] == report(tmp_path / "stopped")["teacher"] == "start"
+    assert weights(tmp_path / "stopped") == weights(tmp_path / "whole")
+
+
 def test_a_checkpoint_holds_masks_and_sparsity(
     interrupt: Interrupt, tiny_bert: Path, reviews_file: Path, tmp_path: Path
 ) -> None:

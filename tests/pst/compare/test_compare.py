@@ -192,6 +192,15 @@ def test_sparse_runs_start_from_the_dense_run_and_learn_from_it(
     assert any("build on its 4 steps" in note for note in report.notes)
 
 
+def test_the_report_says_whose_own_default_a_teacher_is(tiny_bert: Path, reviews_file: Path, tmp_path: Path) -> None:
+    report = run_grid(
+        tiny_bert, reviews_file, tmp_path / "grid", methods=("dense", "magnitude", "pst"), seeds=1, from_dense=True,
+        patterns=("unstructured", "2:4"), sets=("steps=60", "dense.lr=0.01", "pst.calibration=0"),
+    )  # fmt: skip
+    notes = [note for note in report.notes if "teacher" in note]
+    assert notes == ["Of these the dense start was the teacher, by their own defaults or as asked: pst 2:4."]
+
+
 def test_what_needs_a_failed_dense_run_fails_with_it(tiny_bert: Path, reviews_file: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="Every run"):
         run_grid(
