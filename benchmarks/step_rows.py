@@ -116,9 +116,10 @@ def start(base: nn.Module, spec: RowSpec, batches: list[dict[str, Tensor]], devi
     model = copy.deepcopy(base)
     objective = Objective()
     if spec.kind == "taught":
-        set_dropout_(model, float(str(TAUGHT["dropout"])))
+        weight, hidden, dropout = (float(str(TAUGHT[name])) for name in ("distill_weight", "distill_hidden", "dropout"))
+        set_dropout_(model, dropout)
         teacher = on_device(copy.deepcopy(base), device, spec.precision)
-        objective = Objective(teacher=teacher, weight=float(str(TAUGHT["distill_weight"])))
+        objective = Objective(teacher=teacher, weight=weight, hidden=hidden)
     groups, before = _trained(model, spec, device)
     model.to(device).train()
     if groups is None:

@@ -77,7 +77,9 @@ class TrainConfig:
     )
     distill_weight: float | None = field(None, "share of the teacher's loss in the whole, from 0 to 1")
     distill_temperature: float = field(2.0, "softens both distributions of the teacher's loss")
-    distill_hidden: float = field(10.0, "weight of the hidden states' loss, where teacher and model are as wide")
+    distill_hidden: float | None = field(
+        None, "weight of the hidden states' loss within the teacher's, where both models are as wide"
+    )
     label_smoothing: float = field(0.0, "share of each target's probability that is spread over all classes")
 
     epochs: float | None = field(None, "passes over the training rows")
@@ -285,6 +287,7 @@ COMMON = {
     "epochs": 3.0,
     "teacher": "",
     "distill_weight": 0.5,
+    "distill_hidden": 1.0,
     "lr_warmup": 0.1,
     "seed": 0,
     "r1": 8,

@@ -28,7 +28,7 @@ class Objective:
     teacher: nn.Module | None = None
     weight: float = 0.5
     temperature: float = 2.0
-    hidden: float = 10.0
+    hidden: float = 1.0
 
     def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """The loss, a scalar; *batch* holds the model's inputs and ``labels`` (B,) or, of a language model, (B, T)."""

@@ -138,7 +138,7 @@ def _train(
         teacher=teacher,
         weight=_given(config.distill_weight),
         temperature=config.distill_temperature,
-        hidden=config.distill_hidden,
+        hidden=_given(config.distill_hidden),
     )
     steps = config.steps or max(1, math.ceil(_given(config.epochs) * math.ceil(len(rows) / config.batch_size)))
     schedule = CubicSchedule(

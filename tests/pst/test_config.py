@@ -60,7 +60,7 @@ def test_a_model_that_knows_the_task_is_halved_at_lower_rates(tmp_path: Path) ->
     assert rates(**knows | {"pattern": "2:4"}) == usual
     for alone in ({"sparsity": 0.5}, {"pattern": "2:4", "teacher": "off"}, {"pattern": "3:4", "start": "pretrained"}):
         filled = config(**knows | alone).filled()
-        assert (filled.teacher, filled.distill_weight, filled.dropout) == ("", 0.5, None)
+        assert (filled.teacher, filled.distill_weight, filled.distill_hidden, filled.dropout) == ("", 0.5, 1.0, None)
     given = config(**knows | {"pattern": "2:4", "teacher": "other", "distill_weight": 0.2}).filled()
     assert (given.teacher, given.distill_weight, given.dropout) == ("other", 0.2, 0.0)
     (tmp_path / "config.json").write_text('{"architectures": ["BertModel"]}')

@@ -92,8 +92,10 @@ def test_parts_add_up(tiny_bert: Path) -> None:
     logits_alone = Objective(teacher=teacher, weight=1.0, hidden=0.0)(model, inputs)
     states = model(**inputs, output_hidden_states=True).hidden_states
     taught = teacher(**inputs, output_hidden_states=True).hidden_states
-    hidden = 10 * hidden_loss(states, taught, inputs["attention_mask"])
-    torch.testing.assert_close(one - logits_alone, hidden, rtol=1e-4, atol=1e-5)
+    hidden = hidden_loss(states, taught, inputs["attention_mask"])
+    torch.testing.assert_close(one - logits_alone, hidden)
+    more = Objective(teacher=teacher, weight=1.0, hidden=3.0)(model, inputs)
+    torch.testing.assert_close(more - logits_alone, 3 * hidden)
 
 
 def test_the_teacher_neither_trains_nor_drops(tiny_bert: Path) -> None:

@@ -85,7 +85,7 @@ def test_2_to_4_of_a_model_that_knows_the_task_learns_from_it(
     dense = train(options(tiny_bert, reviews_file, method="dense", steps=60, lr=1e-2), tmp_path / "dense").model
     half = {"pattern": "2:4", "sparsity": None, "calibration": 0}
     train(options(dense, reviews_file, **half), tmp_path / "default")
-    named = {"teacher": str(dense), "distill_weight": 0.9, "dropout": 0.0}
+    named = {"teacher": str(dense), "distill_weight": 0.9, "distill_hidden": 10.0, "dropout": 0.0}
     train(options(dense, reviews_file, **half, **named), tmp_path / "named")
     train(options(dense, reviews_file, **half, teacher="off"), tmp_path / "alone")
     assert [report(tmp_path / name)["teacher"] for name in ("default", "named", "alone")] == ["start", str(dense), ""]
