@@ -30,18 +30,29 @@ class Objective:
     temperature: float = 2.0
     hidden: float = 1.0
 
-    def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """The loss, a scalar; *batch* holds the model's inputs and ``labels`` (B,) or, of a language model, (B, T)."""
+    def __call__(
+        self, model: nn.Module, batch: dict[str, Tensor], *, lesson: Any = None, whole: Tensor | None = None
+    ) -> Tensor:
+        """The loss, a scalar; *batch* holds the model's inputs and ``labels`` (B,) or, of a language model, (B, T).
+
+        Where the batch is a part of another: *lesson*, what ``teach`` said of it, and *whole*, see hidden_loss.
+        """
         if self.teacher is None:
             return self._task_loss(model(**batch), batch["labels"])
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        with torch.no_grad():
-            taught = self.teacher(**inputs, output_hidden_states=self.hidden > 0)
+        taught = self.teach(batch) if lesson is None else lesson
         output = model(**batch, output_hidden_states=self.hidden > 0)
         loss = logits_loss(output.logits, taught.logits, batch["labels"], self.temperature)
         if self.hidden and output.hidden_states[0].shape[-1] == taught.hidden_states[0].shape[-1]:
-            loss = loss + self.hidden * hidden_loss(output.hidden_states, taught.hidden_states, batch["attention_mask"])
+            states = output.hidden_states, taught.hidden_states, batch["attention_mask"]
+            loss = loss + self.hidden * hidden_loss(*states, whole=whole)
         return (1 - self.weight) * self._task_loss(output, batch["labels"]) + self.weight * loss
+
+    @torch.no_grad()
+    def teach(self, batch: dict[str, Tensor]) -> Any:
+        """The teacher's output for *batch*."""
+        assert self.teacher is not None
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        return self.teacher(**inputs, output_hidden_states=self.hidden > 0)
 
     def _task_loss(self, output: Any, labels: Tensor) -> Tensor:
         logits: Tensor = output.logits
@@ -73,15 +84,32 @@ def logits_loss(logits: Tensor, taught: Tensor, labels: Tensor, temperature: flo
     return _mean(each, counts) * temperature**2
 
 
-def hidden_loss(states: tuple[Tensor, ...], taught: tuple[Tensor, ...], attention_mask: Tensor) -> Tensor:
-    """L_hidden; *states* are the outputs of the embedding and of each layer, (B, T, width), *taught* the teacher's."""
+def squares(lesson: Any, attention_mask: Tensor) -> Tensor:
+    """(layers,) the sum over real tokens of the mean square of the teacher's states; parts of a batch add up."""
+    real = attention_mask.bool()
+    each = [torch.where(real, state.float().square().mean(-1), 0.0).sum() for state in lesson.hidden_states[1:]]
+    return torch.stack(each)
+
+
+def hidden_loss(
+    states: tuple[Tensor, ...], taught: tuple[Tensor, ...], attention_mask: Tensor, *, whole: Tensor | None = None
+) -> Tensor:
+    """L_hidden; *states* are the outputs of the embedding and of each layer, (B, T, width), *taught* the teacher's.
+
+    whole: of a part of a batch, the ``squares`` of the batch times the part's share of the loss. The losses of the
+    parts, each times its share, are then those of the batch.
+    """
     real = attention_mask.bool()
     layers, deep = len(states) - 1, len(taught) - 1
     losses = []
     for layer in range(1, layers + 1):
-        target = taught[round(layer * deep / layers)].float()
+        place = round(layer * deep / layers)
+        target = taught[place].float()
         difference = (states[layer].float() - target).square().mean(-1)
-        losses.append(_mean(difference, real) / _mean(target.square().mean(-1), real))
+        if whole is None:
+            losses.append(_mean(difference, real) / _mean(target.square().mean(-1), real))
+        else:
+            losses.append(torch.where(real, difference, 0.0).sum() / whole[place - 1])
     return torch.stack(losses).mean()
 
 

@@ -1,18 +1,20 @@
 """The dense model that another learns from."""
 
 import copy
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pst.batches import Encoded
 from pst.config import START, TrainConfig
 from pst.distributed import Processes
 from pst.errors import ModelError
 from pst.loading import fingerprint_of, first_line, load_config, load_tokenizer
+from pst.objective import Objective, squares
 from pst.pending import moved
 from pst.progress import note
 from pst.quiet import quiet_transformers
@@ -76,6 +78,27 @@ def knows_task(teacher: nn.Module, prepared: Prepared, *, batch_size: int, devic
         return loss < float(labels.var(correction=0))
     shares = torch.bincount(labels).double() / len(labels)
     return loss < float(torch.special.entr(shares).sum())
+
+
+def teach_parts(
+    objective: Objective,
+    batches: Sequence[dict[str, Tensor]],
+    shares: Sequence[float],
+    group: Processes,
+    device: torch.device,
+) -> list[dict[str, Any]]:
+    """What *objective* is called with beside each of *batches*, this process's parts of a step, besides the model.
+
+    Hidden states count as a share of the teacher's over all rows of the step, so the teacher answers all parts first;
+    *shares* are those of the parts' losses. Nothing where there is one part, or no such loss.
+    """
+    if objective.teacher is None or not objective.hidden or (group.count == 1 and len(batches) == 1):
+        return [{} for _ in batches]
+    lessons = [objective.teach(batch) for batch in batches]
+    found = [squares(lesson, batch["attention_mask"]) for lesson, batch in zip(lessons, batches, strict=True)]
+    layers = int(cast(Any, objective.teacher).config.num_hidden_layers)  # of a process that has no rows
+    whole = group.sum_(torch.stack(found).sum(0) if found else torch.zeros(layers, device=device))
+    return [{"lesson": lesson, "whole": whole * share} for lesson, share in zip(lessons, shares, strict=True)]
 
 
 @quiet_transformers()

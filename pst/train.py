@@ -47,7 +47,7 @@ from pst.signals import stop_signals
 from pst.sparsify import MaskCheck, merge_, set_sparsity_, sparsify_
 from pst.structured.calibration import UnitCalibration
 from pst.structured.choose import require_reachable
-from pst.teacher import find_teacher, settle
+from pst.teacher import find_teacher, settle, teach_parts
 
 LOG_EVERY = 10
 
@@ -229,10 +229,12 @@ def _train(
             content |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             checkpoint.save(output / "checkpoints", step=step, content=content)
 
-    def backward(batch: dict[str, torch.Tensor], share: float) -> torch.Tensor:
+    arithmetic = partial(torch.autocast, device.type, torch.bfloat16, enabled=config.precision == "bf16")
+
+    def backward(batch: dict[str, torch.Tensor], share: float, **taught: Any) -> torch.Tensor:
         """Add to the gradients those of a batch on the device, whose loss counts by *share*; that part of the loss."""
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            portion = objective(model, batch) * share
+        with arithmetic():
+            portion = objective(model, batch, **taught) * share
         portion.backward()  # type: ignore[no-untyped-call]
         return portion.detach()
 
@@ -257,10 +259,14 @@ def _train(
             return recorded(batch)
         total, loss = rows.weight(chosen), torch.zeros((), device=device)
         share = group.share(chosen)
+        parts = [list(share[i :: config.accumulate]) for i in range(min(config.accumulate, len(share)))]
+        batches = [{name: moved(value, device) for name, value in rows.batch(part).items()} for part in parts]
+        counts = [rows.weight(part) / total for part in parts]
         optimizer.zero_grad()
-        for part in (share[i :: config.accumulate] for i in range(min(config.accumulate, len(share)))):
-            batch = {name: moved(value, device) for name, value in rows.batch(list(part)).items()}
-            loss += backward(batch, rows.weight(list(part)) / total)
+        with arithmetic():
+            lessons = teach_parts(objective, batches, counts, group, device)
+        for batch, count, lesson in zip(batches, counts, lessons, strict=True):
+            loss += backward(batch, count, **lesson)
         group.sum_gradients_(trainable)
         return update(group.sum_(loss))
 

@@ -109,6 +109,22 @@ def test_two_processes_do_what_one_does(still_bert: Path, reviews_file: Path, tm
         assert other == pytest.approx(line, rel=1e-4) if "eval" not in line else other == line
 
 
+@DEVICES
+def test_two_processes_learn_from_the_start_as_one_does(
+    still_bert: Path, reviews_file: Path, tmp_path: Path, device: str
+) -> None:
+    dense = train(options(still_bert, reviews_file, method="dense", steps=60, lr=1e-2), tmp_path / "dense").model
+    same: dict[str, Any] = {"pattern": "2:4", "device": device, "calibration": 0}
+    one = train(options(dense, reviews_file, **RAMP, **same, steps=40, batch_size=9), tmp_path / "one")
+    launched("-m", "cli", "train", *flags(dense, reviews_file, **same), "-o", str(tmp_path / "two"))
+    assert report(tmp_path / "two")["processes"] == 2
+    assert report(tmp_path / "two")["teacher"] == report(tmp_path / "one")["teacher"] == "start"
+    assert report(tmp_path / "two")["metrics"] == one.metrics
+    mine, theirs = tensors(tmp_path / "one" / "model"), tensors(tmp_path / "two" / "model")
+    assert all(torch.equal(weight == 0, theirs[name] == 0) for name, weight in mine.items() if weight.ndim == 2)
+    assert_close(mine, theirs)
+
+
 def test_two_calibrated_processes_do_nearly_the_same(still_bert: Path, reviews_file: Path, tmp_path: Path) -> None:
     """Calibration looks at sums over both, rounded in another order: masks may differ where two entries are as good."""
     one = train(options(still_bert, reviews_file, **RAMP, steps=40, batch_size=9), tmp_path / "one")

@@ -1,6 +1,7 @@
 """The loss against its terms written out, one row and one token at a time."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from pst.errors import ModelError
 from pst.loading import load_tokenizer
-from pst.objective import Objective, hidden_loss, logits_loss
+from pst.objective import Objective, hidden_loss, logits_loss, squares
 from pst.sparsify import set_sparsity_, sparsify_
 from pst.teacher import load_teacher
 from pst.train import train
@@ -68,6 +69,19 @@ def test_hidden_states_at_the_same_depth() -> None:
     shares = [sum((s - t)[p].square().sum() for p in real) / sum(t[p].square().sum() for p in real) for s, t in pairs]
     expected = torch.stack([torch.as_tensor(share) for share in shares]).mean()
     torch.testing.assert_close(hidden_loss(states, taught, mask), expected)
+
+
+def test_hidden_states_of_parts_add_up() -> None:
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1], [1, 1, 0]])
+    states, taught = (tuple(torch.randn(4, 3, 4) for _ in range(3)) for _ in range(2))
+    parts = [(slice(0, 1), 0.25), (slice(1, 4), 0.75)]
+    pairs = [(SimpleNamespace(hidden_states=tuple(state[rows] for state in taught)), mask[rows]) for rows, _ in parts]
+    whole = sum((squares(*pair) for pair in pairs), torch.zeros(2))
+    losses = [
+        hidden_loss(tuple(state[rows] for state in states), lesson.hidden_states, real, whole=whole * share) * share
+        for (rows, share), (lesson, real) in zip(parts, pairs, strict=True)
+    ]
+    torch.testing.assert_close(losses[0] + losses[1], hidden_loss(states, taught, mask))
 
 
 def test_label_smoothing(tiny_bert: Path) -> None:
