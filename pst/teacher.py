@@ -48,7 +48,10 @@ def settle(
     knows = partial(knows_task, teacher, prepared, batch_size=config.batch_size, device=device)
     if config.teacher != START or group.first_does(knows):
         return teacher
-    note(f"{config.model} does not know the task better than by its label shares, so it is no teacher.")
+    note(
+        f"{config.model} does not know the task better than by its label shares, so it is no teacher, and dropout "
+        "is the model's own."
+    )
     return None
 
 

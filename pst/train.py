@@ -20,7 +20,7 @@ from torch import nn
 from pst import checkpoint, memory, methods, tasks
 from pst.batches import training_rows
 from pst.calibration import Calibration
-from pst.config import TrainConfig
+from pst.config import START, TrainConfig
 from pst.device import named_device
 from pst.distributed import Processes, processes
 from pst.dropout import set_dropout_
@@ -113,8 +113,6 @@ def _train(
     model, rows = prepared.model, prepared.train
     fingerprint = fingerprint_of(model, config.model)
     teacher, taught_by = find_teacher(config, prepared)
-    if config.dropout is not None:
-        set_dropout_(model, config.dropout)
     shape = replace(config, **methods.shape_of(config.method, model, config))
     method = methods.make(config.method, config)
     if method is not None:
@@ -126,6 +124,8 @@ def _train(
             note(line)
     model.to(device)
     teacher = settle(teacher, config, prepared, device, group)
+    if config.dropout is not None and (teacher is not None or config.teacher != START):
+        set_dropout_(model, config.dropout)
     groups: list[dict[str, Any]] = [{"params": list(model.parameters()), "lr": config.lr}]
     groups = method.param_groups(model) if method else groups
     trainable: list[nn.Parameter] = [parameter for one in groups for parameter in one["params"]]

@@ -111,6 +111,13 @@ def test_training_figures_are_those_of_the_committed_reports() -> None:
         "`magnitude`": ten["magnitude"],
         "`pst --faithful`": three["pst-faithful"],
     }
+    taught = re.search(
+        r"a step takes ([\d.]+) of a dense one's time with a teacher and ([\d.]+) without", " ".join(README.split())
+    )
+    assert taught is not None
+    rows = json.loads((ROOT / "benchmarks/train_step_cpu_202611.json").read_text(encoding="utf-8"))["rows"]
+    ratios = {row["row"]: f"{row['to_dense']['time']:.2f}" for row in rows}
+    assert taught.groups() == (ratios["taught-2:4"], ratios["pst-2:4"])
     report = json.loads((ROOT / "benchmarks/gpt2_e2e_h100_202611.json").read_text(encoding="utf-8"))
     bleu = {row["name"]: f"{row['bleu_test']:.1f}" for row in report["results"]}
     sentence = re.search(r"test BLEU ([\d.]+) dense, ([\d.]+) at 50% and ([\d.]+) at 90%", README)

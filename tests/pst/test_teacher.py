@@ -97,10 +97,14 @@ def test_a_start_that_does_not_know_the_task_is_no_teacher(
 ) -> None:
     half = {"pattern": "2:4", "sparsity": None, "calibration": 0}
     train(options(tiny_bert, reviews_file, **half), tmp_path / "default")
+    train(options(tiny_bert, reviews_file, **half, start="pretrained"), tmp_path / "pretrained")
+    assert weights(tmp_path / "default") == weights(tmp_path / "pretrained")
     said = " ".join(capsys.readouterr().err.split())
-    assert f"{tiny_bert} does not know the task better than by its label shares, so it is no teacher" in said
+    assert f"{tiny_bert} does not know the task better than by its label shares, so it is no teacher, and" in said
     assert report(tmp_path / "default")["teacher"] == ""
     assert report(tmp_path / "default")["config"]["teacher"] == "start"
+    train(options(tiny_bert, reviews_file, **half, start="pretrained", dropout=0.0), tmp_path / "none dropped")
+    assert weights(tmp_path / "none dropped") != weights(tmp_path / "pretrained")
 
 
 def test_dropout_of_layers_and_of_attention(tiny_bert: Path) -> None:
