@@ -45,8 +45,10 @@ def settle(
     if teacher is None:
         return None
     on_device(teacher, device, config.precision)
-    knows = partial(knows_task, teacher, prepared, batch_size=config.batch_size, device=device)
-    if config.teacher != START or group.first_does(knows):
+    if config.teacher != START:
+        return teacher
+    if group.first_does(partial(knows_task, teacher, prepared, batch_size=config.batch_size, device=device)):
+        note(f"{config.model} teaches what becomes of it; --teacher off does without, and is faster.")
         return teacher
     note(
         f"{config.model} does not know the task better than by its label shares, so it is no teacher, and dropout "

@@ -80,11 +80,14 @@ def test_a_language_model_is_not_asked() -> None:
 
 
 def test_2_to_4_of_a_model_that_knows_the_task_learns_from_it(
-    tiny_bert: Path, reviews_file: Path, tmp_path: Path
+    tiny_bert: Path, reviews_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dense = train(options(tiny_bert, reviews_file, method="dense", steps=60, lr=1e-2), tmp_path / "dense").model
     half = {"pattern": "2:4", "sparsity": None, "calibration": 0}
     train(options(dense, reviews_file, **half), tmp_path / "default")
+    assert f"{dense} teaches what becomes of it; --teacher off does without" in " ".join(
+        capsys.readouterr().err.split()
+    )
     named = {"teacher": str(dense), "distill_weight": 0.9, "distill_hidden": 10.0, "dropout": 0.0}
     train(options(dense, reviews_file, **half, **named), tmp_path / "named")
     train(options(dense, reviews_file, **half, teacher="off"), tmp_path / "alone")

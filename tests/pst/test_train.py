@@ -35,7 +35,7 @@ METHODS: dict[str, dict[str, Any]] = {
 REPORT_KEYS = {
     "schema_version", "method", "pattern", "sparsity", "weights", "task", "max_length", "config", "base_model",
     "data", "metrics", "seed", "steps", "seconds", "versions", "git_revision",
-    "train_seconds", "peak_memory_bytes", "trainable_parameters", "processes",
+    "train_seconds", "peak_memory_bytes", "trainable_parameters", "teacher", "processes",
 }  # fmt: skip
 
 
