@@ -29,7 +29,7 @@ from pst.objective import Objective
 from pst.patterns import parse_pattern
 from pst.pending import Delayed
 from pst.sparsify import set_sparsity_, sparsify_
-from pst.teacher import on_device
+from pst.teacher import frozen, on_device
 
 KINDS = ("dense", "dense-recorded", "query", "literal", "unrecorded", "pst", "taught")
 SHAPES: dict[str, dict[str, int]] = {
@@ -116,10 +116,9 @@ def start(base: nn.Module, spec: RowSpec, batches: list[dict[str, Tensor]], devi
     model = copy.deepcopy(base)
     objective = Objective()
     if spec.kind == "taught":
-        weight, hidden, dropout = (float(str(TAUGHT[name])) for name in ("distill_weight", "distill_hidden", "dropout"))
-        set_dropout_(model, dropout)
-        teacher = on_device(copy.deepcopy(base), device, spec.precision)
-        objective = Objective(teacher=teacher, weight=weight, hidden=hidden)
+        set_dropout_(model, TAUGHT["dropout"])
+        teacher = on_device(frozen(copy.deepcopy(base)), device, spec.precision)
+        objective = Objective(teacher=teacher, weight=TAUGHT["distill_weight"], hidden=TAUGHT["distill_hidden"])
     groups, before = _trained(model, spec, device)
     model.to(device).train()
     if groups is None:

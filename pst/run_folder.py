@@ -62,8 +62,10 @@ def refuse_other_run(config: TrainConfig, output: Path, *, resume: bool, overwri
 def _refuse_own_input(config: TrainConfig, output: Path) -> None:
     """Raise RunError where the run reads from what it would remove of *output* before it has anything in its place."""
     given = {"model": config.model, "teacher": config.teacher, "data": config.data, "validation": config.validation}
+    if config.teacher == START:
+        del given["teacher"]
     for name, value in given.items():
-        path = Path(value).expanduser() if value and not (name == "teacher" and value == START) else None
+        path = Path(value).expanduser() if value else None
         if path is None or not path.exists():
             continue
         for part in ("model", "checkpoints", "tensorboard"):

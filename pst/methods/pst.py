@@ -17,7 +17,7 @@ DEFAULTS |= {"sparsity_initial": 0.5, "sparsity_warmup": 0.0, "sparsity_cooldown
 """Half of the weights go at once, which calibration makes up for, so that half of the steps are left at the end."""
 FINETUNED = {"lr": 1e-4, "lr_update": 3e-5, "lr_scores": 2e-4}
 """A fifth of the rates, for a model that knows the task already and keeps most of its weights; LOG.md has the runs."""
-TAUGHT = {"teacher": "start", "distill_weight": 0.9, "distill_hidden": 10.0, "dropout": 0.0}
+TAUGHT: dict[str, Any] = {"teacher": "start", "distill_weight": 0.9, "distill_hidden": 10.0, "dropout": 0.0}
 """N:M of such a model: what it computed while it was dense, at the full rates; LOG.md has the runs."""
 FAITHFUL = {"lr": 3e-5, "lr_update": 3e-5, "lr_scores": 3e-5, "r1": 8, "r2": 8, "alpha": "one"}
 FAITHFUL |= {"epochs": 20.0, "lr_warmup": 0.0, "max_grad_norm": 1.0, "seed": 43}  # its settings for BERT-base on GLUE
